@@ -1,0 +1,163 @@
+// Branch-free exp, log and log1p that a compiler vectorises without -ffast-math, for the ranges the row ops need.
+//
+// exp: n = round(x / ln 2), r = x - n ln 2 with ln 2 split in two parts (Cody and Waite), a polynomial for e^r, and
+// 2^n written straight into the exponent bits. Its argument is at most about 0 here, because a maximum has been
+// subtracted, so only the lower end needs care: below kExpFloor the exponent bits become 0 and so does the result,
+// which makes exp(-inf) exactly 0. NaN stays NaN throughout.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#define NABLA_TAU_INLINE inline __attribute__((always_inline))
+
+namespace nabla_tau {
+
+// The bits of a bfloat16: the upper half of a float32.
+struct bfloat16 {
+    std::uint16_t bits;
+};
+
+template <class T>
+struct RealOf {
+    using type = float;
+};
+template <>
+struct RealOf<double> {
+    using type = double;
+};
+// The type in which rows of T are computed, and in which their per-row results are returned.
+template <class T>
+using real_of = typename RealOf<T>::type;
+
+template <class To, class From>
+NABLA_TAU_INLINE To bits_as(From from) {
+    static_assert(sizeof(To) == sizeof(From), "bits_as needs types of one size");
+    To to;
+    std::memcpy(&to, &from, sizeof(to));
+    return to;
+}
+
+NABLA_TAU_INLINE float load(float x) { return x; }
+NABLA_TAU_INLINE double load(double x) { return x; }
+NABLA_TAU_INLINE float load(bfloat16 x) { return bits_as<float>(static_cast<std::uint32_t>(x.bits) << 16); }
+
+NABLA_TAU_INLINE void store(float x, float& to) { to = x; }
+NABLA_TAU_INLINE void store(double x, double& to) { to = x; }
+NABLA_TAU_INLINE void store(float x, bfloat16& to) {
+    const auto u = bits_as<std::uint32_t>(x);
+    // Round to nearest even. A NaN is set apart, because the addition could carry it into an infinity.
+    const std::uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    to.bits = static_cast<std::uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+template <class Real>
+struct Exp;
+
+template <>
+struct Exp<float> {
+    using Bits = std::uint32_t;
+    static constexpr float kFloor = -88.0f;
+    // 1.5 * 2^23 rounds the sum to an integer; the exponent's bias rides along in the low bits.
+    static constexpr float kRound = 12582912.0f + 127.0f;
+    static constexpr int kMantissa = 23;
+    static constexpr float kLn2High = 0.693359375f;
+    static constexpr float kLn2Low = -2.12194440e-4f;
+    // Minimax for the relative error of 1 + r + r^2 q(r) on |r| <= ln(2) / 2: 3e-9.
+    // Two short chains instead of one long one: the loops are bound by latency.
+    static NABLA_TAU_INLINE float polynomial(float r) {
+        const float r2 = r * r;
+        const float high = (0x1.6a23cep-10f * r + 0x1.123a20p-7f) * r + 0x1.5558f2p-5f;
+        const float middle = 0x1.555492p-3f * r + 0x1.fffffcp-2f;
+        return (high * r2 + middle) * r2 + (r + 1.0f);
+    }
+};
+
+template <>
+struct Exp<double> {
+    using Bits = std::uint64_t;
+    static constexpr double kFloor = -709.0;
+    static constexpr double kRound = 6755399441055744.0 + 1023.0;
+    static constexpr int kMantissa = 52;
+    // The low 21 bits of the high part are zero, so n times it is exact.
+    static constexpr double kLn2High = 0x1.62e42fee00000p-1;
+    static constexpr double kLn2Low = 0x1.a39ef35793c76p-33;
+    // Taylor to r^13: the first term left out is 4e-18.
+    static NABLA_TAU_INLINE double polynomial(double r) {
+        double q = 1.0 / 6227020800.0;
+        q = q * r + 1.0 / 479001600.0;
+        q = q * r + 1.0 / 39916800.0;
+        q = q * r + 1.0 / 3628800.0;
+        q = q * r + 1.0 / 362880.0;
+        q = q * r + 1.0 / 40320.0;
+        q = q * r + 1.0 / 5040.0;
+        q = q * r + 1.0 / 720.0;
+        q = q * r + 1.0 / 120.0;
+        q = q * r + 1.0 / 24.0;
+        q = q * r + 1.0 / 6.0;
+        q = q * r + 0.5;
+        q = q * r + 1.0;
+        return q * r + 1.0;
+    }
+};
+
+// condition ? yes : no in bit arithmetic: compilers turn some chains of conditionals back into branches, and a loop
+// with a branch is not vectorised.
+template <class Real>
+NABLA_TAU_INLINE Real select(bool condition, Real yes, Real no) {
+    using Bits = typename Exp<Real>::Bits;
+    const Bits mask = Bits(0) - static_cast<Bits>(condition);
+    return bits_as<Real>((bits_as<Bits>(yes) & mask) | (bits_as<Bits>(no) & ~mask));
+}
+
+// max(x, kFloor), and NaN for NaN.
+template <class Real>
+NABLA_TAU_INLINE Real exp_clamp(Real x) {
+    return x < Exp<Real>::kFloor ? Exp<Real>::kFloor : x;
+}
+
+// e^x for an x in [kFloor, about 1] that exp_clamp has passed.
+template <class Real>
+NABLA_TAU_INLINE Real exp_clamped(Real x) {
+    using E = Exp<Real>;
+    constexpr Real kLog2E = static_cast<Real>(1.4426950408889634074);
+    const Real shifted = x * kLog2E + E::kRound;
+    const Real n = shifted - E::kRound;
+    const Real r = (x - n * E::kLn2High) - n * E::kLn2Low;
+    const auto scale = bits_as<Real>(bits_as<typename E::Bits>(shifted) << E::kMantissa);
+    return E::polynomial(r) * scale;
+}
+
+template <class Real>
+NABLA_TAU_INLINE Real exp_nonpositive(Real x) {
+    return exp_clamped(exp_clamp(x));
+}
+
+// log x for x = 0 or x >= 1/2 and finite.
+NABLA_TAU_INLINE float log_positive(float x) {
+    constexpr std::uint32_t kSqrtHalf = 0x3f3504f3u;
+    const std::uint32_t offset = bits_as<std::uint32_t>(x) - kSqrtHalf;
+    const auto k = static_cast<float>(static_cast<std::int32_t>(offset) >> 23);
+    const float f = bits_as<float>((offset & 0x7fffffu) + kSqrtHalf) - 1.0f;
+    // log(1 + f) = 2 atanh(s), arranged so that f itself leads and s, which is rounded, only corrects it.
+    const float s = f / (2.0f + f);
+    const float t = s * s;
+    const float tail = t * (2.0f / 3.0f + t * (2.0f / 5.0f + t * (2.0f / 7.0f + t * (2.0f / 9.0f))));
+    const float half_square = 0.5f * f * f;
+    const float rest = s * (half_square + tail) - half_square + k * Exp<float>::kLn2Low;
+    const float result = k * Exp<float>::kLn2High + (f + rest);
+    return select(x > 0.0f, result, select(x == 0.0f, -std::numeric_limits<float>::infinity(), x));
+}
+
+NABLA_TAU_INLINE double log_positive(double x) { return std::log(x); }
+
+// log(1 + x) for x in [0, 1], to full relative precision: what 1 + x rounds away is put back to first order.
+template <class Real>
+NABLA_TAU_INLINE Real log1p_unit(Real x) {
+    const Real u = 1 + x;
+    return log_positive(u) + (x - (u - 1)) / u;
+}
+
+}  // namespace nabla_tau
