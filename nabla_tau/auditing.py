@@ -1,0 +1,128 @@
+"""`audit`: how well did a model forget, shown by membership inference against models that never saw the forget set.
+
+An audit is evidence, not a certificate: it says what these attacks find on these samples. It never looks at how the
+model was made, so it serves any unlearning method.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, RandomSampler
+
+from nabla_tau.batch import Forward
+from nabla_tau.evaluation import SampleLoss, Signals, device_of, evaluate
+from nabla_tau.membership.assessment import SUBJECT, audit_signals
+from nabla_tau.membership.audit_report import AuditReport
+from nabla_tau.membership.measures import ModelAudit
+
+__all__ = ["AuditReport", "ModelAudit", "audit", "audit_signals"]
+
+
+def audit(
+    model: nn.Module,
+    *,
+    forget: Any,
+    unseen: Any,
+    retain: Any = None,
+    retrained: nn.Module | Sequence[nn.Module] | None = None,
+    original: nn.Module | None = None,
+    compare: Mapping[str, nn.Module] | None = None,
+    forward: Forward | None = None,
+    loss: SampleLoss | Literal["auto"] | None = "auto",
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+    record: Mapping[str, Any] | None = None,
+    seconds: Mapping[str, float] | None = None,
+    bootstrap: int = 1000,
+    confidence: float = 0.95,
+    tolerance: float = 0.03,
+    random_state: int = 0,
+    progress: bool = False,
+) -> AuditReport:
+    """Audit an unlearned model: attack it on the forget set, and compare it with models retrained without that set.
+
+    Every model is evaluated once on every set, in eval mode, and left as it was. Give `retrained` if at all possible:
+    without it the attack can only be compared with chance. The report is evidence, not a certificate.
+
+    Args:
+        model: the model that should have forgotten; called "unlearned" in the report.
+        forget, unseen, retain: tensors, Dataset or DataLoader. `unseen` are samples of the same kind that no model was
+            trained on (nor tuned on: not the held-out set that unlearning used). `retain` is only measured. A
+            DataLoader that shuffles is read in the order of its dataset.
+        retrained: model(s) trained without the forget set, as the original was; several are averaged, and their
+            spread is shown.
+        original: the model before unlearning. compare: further models by name, such as other methods.
+        forward: (model, batch) -> (logits, targets); loss: (logits, targets) -> per-sample losses [B]. Both only for
+            models that are not plain classifiers; with a loss of one's own only the loss is attacked.
+        device: where to evaluate; each model is moved there and back. Default: where it is.
+        record: what was asked and done, JSON-able, put in the report (histories thinned to 2000 steps). Its
+            "removed_classes" says which classes were removed whole; else that is found from the targets of `forget`
+            and `retain`, for which `retain` must then be all that was retained.
+        seconds: wall time of each model by its name.
+        bootstrap: replicates of the intervals. tolerance: AUC gap to the reference that still counts as forgotten.
+        progress: a line on stderr for each evaluation.
+
+    Raises ValueError for names that clash, models that disagree on the samples, fewer than 20 samples to compare, and
+    forgotten classes without unseen samples; TypeError for what is not a model.
+    """
+    runs = [] if retrained is None else [retrained] if isinstance(retrained, nn.Module) else list(retrained)
+    run_names = ["retrained"] if len(runs) == 1 else [f"retrained {i + 1}" for i in range(len(runs))]
+    models: dict[str, Any] = {} if original is None else {"original": original}
+    models |= dict(zip(run_names, runs, strict=True)) | {SUBJECT: model}
+    for name, other in (compare or {}).items():
+        if name in models or name == "retrained":
+            raise ValueError(f"compare: the name {name!r} is already used in this audit")
+        models[name] = other
+    for name, entry in models.items():
+        if not isinstance(entry, nn.Module):
+            raise TypeError(f"{name} must be a torch.nn.Module, got {type(entry).__name__}")
+    data = {name: _in_order(of_set) for name, of_set in (("forget", forget), ("unseen", unseen), ("retain", retain))}
+    signals: dict[str, dict[str, Signals]] = {}
+    for name, entry in models.items():
+        with _on_device(entry, device):
+            for set_name, of_set in data.items():
+                if of_set is None:
+                    continue
+                if progress:
+                    print(f"audit: {name} on the {set_name} set", file=sys.stderr, flush=True)
+                signals.setdefault(name, {})[set_name] = evaluate(
+                    entry, of_set, forward=forward, loss=None if loss == "auto" else loss, batch_size=batch_size
+                )
+    return audit_signals(
+        signals,
+        retrained=run_names if runs else (),
+        original=None if original is None else "original",
+        record=record,
+        seconds=seconds,
+        bootstrap=bootstrap,
+        confidence=confidence,
+        tolerance=tolerance,
+        random_state=random_state,
+    )
+
+
+def _in_order(data: Any) -> Any:
+    """A loader that reads in the order of its dataset, for one that shuffles: samples are paired over models."""
+    if not isinstance(data, DataLoader) or not isinstance(data.sampler, RandomSampler):
+        return data
+    return DataLoader(
+        data.dataset, batch_size=data.batch_size, num_workers=data.num_workers, collate_fn=data.collate_fn
+    )
+
+
+@contextlib.contextmanager
+def _on_device(model: nn.Module, device: torch.device | str | None) -> Iterator[None]:
+    home = device_of(model)
+    if device is not None:
+        model.to(device)
+    try:
+        yield
+    finally:
+        if device is not None:
+            model.to(home)

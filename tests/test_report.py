@@ -1,0 +1,143 @@
+"""The HTML page: whole in one file, everything escaped, rebuilt from JSON alone, and nothing left out."""
+
+import re
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from nabla_tau.auditing import AuditReport, audit_signals
+from nabla_tau.evaluation import Signals
+
+pytest.importorskip("jinja2")
+pytest.importorskip("matplotlib")
+
+from nabla_tau.report import render_html
+
+SCRIPT = "<script>alert('x')</script>"
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+
+
+def sets(ease, own):
+    def signals(n, shift, seed):
+        rng = np.random.default_rng([seed, own])
+        margin = rng.normal(shift, 2, n)
+        loss = np.logaddexp(0, -margin)
+        return Signals(loss, loss / 2, margin, margin > 0, rng.integers(0, 2, n) * 0, "classification")
+
+    return {"forget": signals(120, ease, 1), "unseen": signals(200, 0, 2)}
+
+
+@pytest.fixture(scope="module")
+def full():
+    record = {
+        "recipe": SCRIPT,
+        "settings": {SCRIPT: SCRIPT, "learning_rate": 0.003, "unset": None, "list": ["<b>", 1]},
+        "history": {"step": [0, 1, 2], "forget_loss": [0.1, None, 0.5], "tau": [1, 1, 1], "gate_open": [1, 1, 0]},
+        "warnings": [SCRIPT],
+        "counts": {"forget": 120, SCRIPT: 3},
+        "versions": {SCRIPT: SCRIPT},
+        "removed_classes": [],
+    }
+    models = {
+        "unlearned": sets(0.5, 1),
+        "r1": sets(0, 2),
+        "r2": sets(0, 3),
+        "original": sets(4, 4),
+        SCRIPT: sets(1, 5),
+        'cost $x^2$ & "more"': sets(1, 6),
+    }
+    return audit_signals(
+        models, retrained=["r1", "r2"], original="original", record=record, bootstrap=100, seconds={"retrained": 60}
+    )
+
+
+class Page(HTMLParser):
+    """Tags with attributes, visible text, and whether every tag that opens also closes."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.text, self.open = [], "", []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_every_text_of_a_user_is_escaped_and_shown(full):
+    html = render_html(full)
+    page = Page(html)
+    assert page.open == []
+    assert "<script" not in html
+    assert not any(tag == "script" or any(k.startswith("on") for k in attributes) for tag, attributes in page.tags)
+    # In figures, table, legend, histogram, settings (name and value), recipe, counts, versions and findings.
+    assert page.text.count(SCRIPT) >= 9
+
+
+def test_every_model_is_in_the_page(full):
+    text = Page(render_html(full)).text
+    for name, model in full.models.items():
+        assert name in text
+        assert f"{model.auc_loss:.3f}" in text
+    assert full.sentence in text
+    for finding in full.findings:
+        assert finding.text in text
+
+
+def test_the_page_loads_nothing(full):
+    html = render_html(full)
+    assert "http:" not in html
+    assert "https:" not in html
+    assert "@import" not in html
+    assert "url(" not in re.sub(r"url\(#[\w-]+\)", "", html)
+    for tag, attributes in Page(html).tags:
+        assert tag not in {"link", "img", "iframe", "object", "embed"}
+        assert not {"src", "srcset", "href", "data"} & attributes.keys()
+        assert attributes.get("xlink:href", "#").startswith("#")
+
+
+def test_the_page_is_rebuilt_from_json_alone(full, tmp_path):
+    loaded = AuditReport.load(full.save(tmp_path / "audit.json"))
+    assert render_html(loaded) == render_html(full)
+    page = loaded.save(tmp_path / "audit.html").read_text()
+    assert page == render_html(full)
+
+
+def test_every_line_of_a_plot_follows_the_page_colours(full):
+    html = render_html(full)
+    assert "#0a0b" not in html  # a placeholder that no variable replaced
+    for variable in set(re.findall(r"var\((--[\w-]+)\)", html)):
+        assert f"{variable}:" in html, f"{variable} is used and not defined"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {},
+        {"settings": None, "history": None, "counts": None},
+        {"history": {"forget_loss": "nonsense", "tau": [1.0], "alpha": [], "retain_loss": [0.5]}},
+    ],
+)
+def test_a_bare_audit_has_a_page_too(record):
+    bare = audit_signals({"unlearned": sets(0, 1)}, record=record, bootstrap=100)
+    text = Page(render_html(bare)).text
+    assert "No retrained model was given" in text
+    assert "original" not in text.split("What this audit does not show")[0]
+
+
+def test_a_missing_package_is_named_with_its_remedy(full, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ImportError, match=r"jinja2.*nabla_tau\[report\]"):
+        render_html(full)
