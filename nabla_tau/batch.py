@@ -1,0 +1,123 @@
+"""Batches of any structure: tensors in nested tuples, lists and mappings; what a model is called with; mixing two.
+
+A batch is what one's own training loop would use: `(x, y)`, `(x1, x2, y)`, or a mapping with a "labels" entry, as
+Hugging Face models take it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+Batch: TypeAlias = Any
+Forward: TypeAlias = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
+
+LABEL_KEYS = ("labels", "label", "targets", "target", "y")
+
+
+def map_tensors(function: Callable[..., Any], batch: Batch, *others: Batch) -> Batch:
+    """Apply `function` to each tensor of `batch` (and the tensors at the same place in `others`); the structure stays.
+
+    Leaves that are no tensors are passed through from `batch`. Raises ValueError where the structures differ.
+    """
+    if isinstance(batch, Tensor):
+        return function(batch, *others)
+    if isinstance(batch, Mapping):
+        if any(not isinstance(other, Mapping) or other.keys() != batch.keys() for other in others):
+            raise ValueError("batches differ in their keys")
+        return {key: map_tensors(function, value, *(other[key] for other in others)) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        if any(not isinstance(other, (tuple, list)) or len(other) != len(batch) for other in others):
+            raise ValueError("batches differ in their number of entries")
+        mapped = [map_tensors(function, *column) for column in zip(*[batch, *others], strict=True)]
+        return type(batch)(*mapped) if hasattr(batch, "_fields") else type(batch)(mapped)
+    return batch
+
+
+def tensors_of(batch: Batch) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_tensors(found.append, batch)
+    return found
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
+
+
+def split_targets(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
+    """Positional inputs, keyword inputs and targets of a batch; ValueError if it has no targets to find."""
+    targets: Any
+    if isinstance(batch, Mapping):
+        inputs = dict(batch)
+        for key in LABEL_KEYS:
+            if key in inputs:
+                targets = inputs.pop(key)
+                break
+        else:
+            raise ValueError(f"a mapping batch needs one of the keys {', '.join(LABEL_KEYS)}, got {sorted(inputs)}")
+        args: tuple[Any, ...] = ()
+    elif isinstance(batch, (tuple, list)) and len(batch) >= 2:
+        *rest, targets = batch
+        args, inputs = tuple(rest), {}
+        if len(args) == 1 and isinstance(args[0], Mapping):
+            args, inputs = (), dict(args[0])
+    else:
+        raise ValueError(
+            f"a batch must be (inputs, ..., targets) or a mapping with labels, got {type(batch).__name__}; "
+            "for anything else pass forward=, a function (model, batch) -> (logits, targets)"
+        )
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"the targets of a batch must be a tensor, got {type(targets).__name__}")
+    return args, inputs, targets
+
+
+def default_forward(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits and targets of a batch: the model called on everything but the targets.
+
+    The logits are the output itself, its `.logits` or "logits" entry, or the first entry of a tuple.
+    """
+    args, kwargs, targets = split_targets(batch)
+    output = model(*args, **kwargs)
+    if isinstance(output, Tensor):
+        return output, targets
+    if hasattr(output, "logits"):
+        return output.logits, targets
+    if isinstance(output, Mapping) and "logits" in output:
+        return output["logits"], targets
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        return output[0], targets
+    raise TypeError(
+        f"cannot find logits in a model output of type {type(output).__name__}: return a tensor, an object with "
+        ".logits, or pass forward=, a function (model, batch) -> (logits, targets)"
+    )
+
+
+def concatenate(forget: Batch, retain: Batch) -> Batch | None:
+    """One batch with the forget samples first, or None where the two cannot be one batch.
+
+    They can where both have the same structure, every tensor has one line a sample, and shapes agree beyond it.
+    """
+    tensors = tensors_of(forget), tensors_of(retain)
+    for own in tensors:
+        if not own or any(t.ndim == 0 or t.shape[0] != own[0].shape[0] for t in own):
+            return None
+    if len(tensors[0]) != len(tensors[1]):
+        return None
+    for a, b in zip(*tensors, strict=True):
+        if a.shape[1:] != b.shape[1:] or a.dtype != b.dtype:
+            return None
+    try:
+        return map_tensors(lambda a, b: torch.cat((a, b)), forget, retain)
+    except ValueError:
+        return None
+
+
+def uses_batch_statistics(model: nn.Module) -> str | None:
+    """Name of a module that mixes the rows of a batch (BatchNorm in train mode or without running statistics)."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            return name or type(module).__name__
+    return None

@@ -1,0 +1,134 @@
+"""One forward pass over a data set: every signal that tau, the history and the audit need."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from nabla_tau.batch import Forward, default_forward, to_device
+from nabla_tau.functional import Task, infer_task, sample_losses, sample_signals
+from nabla_tau.sources import Source, as_source
+
+SampleLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What an attacker (or an auditor) sees of each sample, 1-D arrays in the order of the data set.
+
+    loss, entropy and margin are float64 (margin = log p_y - log(1 - p_y)); correct is bool; target is the int64 label
+    in classification, None otherwise. With a loss function of one's own only `loss` is known: the others are None.
+    """
+
+    loss: NDArray[np.float64]
+    entropy: NDArray[np.float64] | None
+    margin: NDArray[np.float64] | None
+    correct: NDArray[np.bool_] | None
+    target: NDArray[np.int64] | None
+    task: Task | None
+
+    def __len__(self) -> int:
+        return len(self.loss)
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of correct samples; in multi-label tasks of samples with every label right."""
+        return None if self.correct is None else float(np.mean(self.correct))
+
+    def select(self, mask: NDArray[np.bool_]) -> Signals:
+        """The signals of the samples where mask [N] is True."""
+
+        def cut(column: NDArray[Any] | None) -> NDArray[Any] | None:
+            return None if column is None else column[mask]
+
+        return dataclasses.replace(
+            self,
+            loss=self.loss[mask],
+            entropy=cut(self.entropy),
+            margin=cut(self.margin),
+            correct=cut(self.correct),
+            target=cut(self.target),
+        )
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def device_of(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def forward_batches(
+    model: nn.Module, source: Source, batch_size: int, forward: Forward | None = None, seed: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and targets batch by batch (in a seeded order if a seed is given), in eval mode and without gradient."""
+    device = device_of(model)
+    for batch in source.read(batch_size, seed):
+        # Not around the loop: between two batches the caller's own modes hold.
+        with evaluation_mode(model), torch.no_grad():
+            output = (forward or default_forward)(model, to_device(batch, device))
+        yield output
+
+
+def held_out_losses(
+    model: nn.Module,
+    source: Source,
+    *,
+    batch_size: int,
+    forward: Forward | None = None,
+    loss: SampleLoss | None = None,
+) -> Tensor:
+    """Loss of every sample of a source, [N] on the model's device, in eval mode and without gradient."""
+    sample_loss = loss or sample_losses
+    batches = forward_batches(model, source, batch_size, forward)
+    return torch.cat([sample_loss(logits, targets) for logits, targets in batches])
+
+
+def evaluate(
+    model: nn.Module,
+    data: Any,
+    *,
+    forward: Forward | None = None,
+    loss: SampleLoss | None = None,
+    batch_size: int = 256,
+) -> Signals:
+    """Signals of every sample of a data set, in eval mode; the model's modes and gradients are left as they were.
+
+    data: tensors, Dataset or DataLoader (`nabla_tau.sources.as_source`). forward: (model, batch) -> (logits, targets),
+    where the model is not simply called on the inputs. loss: (logits, targets) -> per-sample losses [B], for a model
+    that is not a classifier. Raises TypeError and ValueError for data and shapes that do not fit.
+    """
+    parts: list[tuple[Tensor, ...]] = []
+    task: Task | None = None
+    for logits, targets in forward_batches(model, as_source(data, "data"), batch_size, forward):
+        if loss is not None:
+            parts.append((loss(logits, targets),))
+            continue
+        task = infer_task(logits, targets)
+        signals = sample_signals(logits, targets)
+        labels = (targets,) if task == "classification" else ()
+        parts.append((signals.loss, signals.entropy, signals.margin, signals.correct, *labels))
+    joined = [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
+    arrays: list[NDArray[Any]] = [c.double().numpy() if c.is_floating_point() else c.numpy() for c in joined]
+    if len(arrays) == 1:
+        return Signals(arrays[0], None, None, None, None, None)
+    target = arrays[4].astype(np.int64) if task == "classification" else None
+    return Signals(arrays[0], arrays[1], arrays[2], arrays[3], target, task)

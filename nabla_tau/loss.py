@@ -1,0 +1,127 @@
+"""The loss for one's own training loop: `nabla_tau_loss` and `NablaTauLoss`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nabla_tau.functional import sample_losses
+from nabla_tau.kernels.reference import IGNORE_INDEX
+from nabla_tau.objective import GATES, Gate, Target, objective, target_from_losses
+
+
+def check_gate(gate: str, power: int) -> None:
+    """Raise ValueError for an unknown gate or a power other than 1 and 2."""
+    if gate not in GATES:
+        raise ValueError(f"gate must be one of {', '.join(GATES)}, got {gate!r}")
+    if power not in (1, 2):
+        raise ValueError(f"power must be 1 or 2, got {power!r}")
+
+
+def as_target(tau: float | Tensor | Target, gate: str, *, like: Tensor) -> Target:
+    """Target of the gate from what a caller may give as tau; raises for what the gate cannot use."""
+    if isinstance(tau, Target):
+        target = tau
+    else:
+        tensor = torch.as_tensor(tau, dtype=like.dtype, device=like.device)
+        if tensor.ndim > 1:
+            raise ValueError(f"tau must be a number or the 1-D held-out losses, got shape {tuple(tensor.shape)}")
+        target = target_from_losses(tensor) if tensor.ndim == 1 else Target(tensor, None)
+    if gate == "quantile" and target.quantiles is None:
+        raise ValueError('gate="quantile" needs tau as a 1-D tensor of held-out losses, got a single number')
+    return target
+
+
+def nabla_tau_loss(
+    logits: Tensor,
+    targets: Tensor,
+    forget_mask: Tensor,
+    *,
+    tau: float | Tensor,
+    alpha: float | Tensor,
+    gate: Gate = "batch",
+    power: int = 2,
+    ignore_index: int = IGNORE_INDEX,
+) -> Tensor:
+    """nabla-tau loss of a mixed batch (Trippa et al. 2024, arXiv 2403.14339), a 0-d tensor to call `.backward()` on.
+
+        alpha * relu(tau - mean_f)^2 + (1 - alpha) * mean_r
+
+    logits and targets: [B, C] with integer [B]; [B, T, V] with integer [B, T] (a sample's loss is the mean over its
+    tokens other than `ignore_index`); or multi-label [B, C] with floating [B, C]. forget_mask: [B] bool, True for
+    the samples to forget. tau: mean loss of held-out data, measured as the forget samples are (same transforms,
+    same norm mode), or the 1-D tensor of held-out losses themselves, which gate="quantile" needs. alpha: weight of
+    the ascent in [0, 1]. gate and power: see `nabla_tau.objective.objective`.
+
+    Raises TypeError for logits that are not floating point or a mask that is not bool, ValueError for shapes that do
+    not fit, labels out of range, an unknown gate, or alpha outside [0, 1].
+    """
+    check_gate(gate, power)
+    if forget_mask.dtype != torch.bool:
+        raise TypeError(f"forget_mask must be bool, got {forget_mask.dtype} of shape {tuple(forget_mask.shape)}")
+    if forget_mask.shape != targets.shape[:1]:
+        raise ValueError(
+            f"forget_mask must be [{targets.shape[0] if targets.ndim else 0}], one entry a sample, "
+            f"got {tuple(forget_mask.shape)}"
+        )
+    if not isinstance(alpha, Tensor) and not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+    losses = sample_losses(logits, targets, ignore_index=ignore_index)
+    target = as_target(tau, gate, like=losses)
+    return objective(losses, forget_mask, target, alpha, gate=gate, power=power).total
+
+
+class NablaTauLoss(nn.Module):
+    """`nabla_tau_loss` as a module: tau and alpha are buffers, set by the loop and kept in the state dict.
+
+    criterion = NablaTauLoss(tau=2.3, alpha=.25); loss = criterion(logits, targets, forget_mask)
+
+    `set_tau` takes a number or the 1-D tensor of held-out losses. Arguments and errors as in `nabla_tau_loss`.
+    """
+
+    tau: Tensor
+    alpha: Tensor
+
+    def __init__(
+        self,
+        *,
+        tau: float | Tensor,
+        alpha: float,
+        gate: Gate = "batch",
+        power: int = 2,
+        ignore_index: int = IGNORE_INDEX,
+    ) -> None:
+        super().__init__()
+        check_gate(gate, power)
+        self.gate: Gate = gate
+        self.power = power
+        self.ignore_index = ignore_index
+        self.register_buffer("tau", torch.empty(()))
+        self.register_buffer("alpha", torch.empty(()))
+        self.set_tau(tau)
+        self.set_alpha(alpha)
+
+    def set_tau(self, tau: float | Tensor) -> None:
+        value = torch.as_tensor(tau, device=self.tau.device)
+        as_target(value, self.gate, like=value)
+        self.tau = value.detach().clone()
+
+    def set_alpha(self, alpha: float) -> None:
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+        self.alpha = torch.as_tensor(float(alpha), device=self.alpha.device)
+
+    def forward(self, logits: Tensor, targets: Tensor, forget_mask: Tensor) -> Tensor:
+        return nabla_tau_loss(
+            logits,
+            targets,
+            forget_mask,
+            tau=self.tau,
+            alpha=self.alpha,
+            gate=self.gate,
+            power=self.power,
+            ignore_index=self.ignore_index,
+        )
+
+    def extra_repr(self) -> str:
+        return f"gate={self.gate!r}, power={self.power}"

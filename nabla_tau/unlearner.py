@@ -1,0 +1,276 @@
+"""One unlearning step, for use inside one's own loop: `Unlearner`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nabla_tau.batch import (
+    Batch,
+    Forward,
+    concatenate,
+    default_forward,
+    tensors_of,
+    to_device,
+    uses_batch_statistics,
+)
+from nabla_tau.evaluation import SampleLoss, device_of, evaluation_mode
+from nabla_tau.functional import sample_losses
+from nabla_tau.kernels.reference import compute_dtype
+from nabla_tau.loss import as_target, check_gate
+from nabla_tau.objective import QUANTILES, Gate, Target, Terms, mean_rank, objective
+
+HOLD_SAMPLES = 64  # forget samples that the running mean rank spans
+MIXED = "one mixed forward and backward"
+
+
+class StepMetrics(NamedTuple):
+    """What one step did, 0-d tensors on the model's device: reading them is what makes the host wait, not the step.
+
+    `forget_scale` is the factor on the forget gradient (1 where gradients are not balanced).
+    """
+
+    loss: Tensor
+    forget_loss: Tensor
+    retain_loss: Tensor
+    gate_open: Tensor
+    forget_scale: Tensor
+
+
+class Unlearner:
+    """nabla-tau steps on a model of one's own, in a loop of one's own.
+
+        unlearner = Unlearner(model, alpha=.25, tau=2.3)
+        metrics = unlearner.step((x_forget, y_forget), (x_retain, y_retain))
+
+    model: any module; it is used as it stands (put it in eval mode to freeze norm statistics) and updated in place.
+    alpha: weight of the ascent in [0, 1]. tau: mean held-out loss, or the 1-D tensor of held-out losses; may be set
+    later with `set_tau`. gate, power: as in `nabla_tau.objective.objective`. balance: None steps on the gradient of
+    alpha * gate + (1 - alpha) * retain; a number c keeps the two parts' gradients apart and scales the forget part to
+    at most c times the norm of the retain part, g = g_r + min(1, c |g_r| / |g_f|) g_f. hold: leave the forget part out
+    while the running mean rank of the forget losses among the held-out losses is 0.5 or more. optimizer: default AdamW
+    over the trainable parameters with `learning_rate` and weight decay 0.01. forward: (model, batch) -> (logits,
+    targets). loss: (logits, targets) -> per-sample losses [B], instead of the cross-entropies.
+
+    Forget and retain samples go through the model as one batch where that is exact. It is not where BatchNorm uses
+    batch statistics, where the two batches cannot be concatenated, or where the first batch shows that samples
+    influence each other; then there are two forwards, and `forwards` says so and why.
+
+    Raises ValueError for a model without trainable parameters and for settings out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        alpha: float,
+        tau: float | Tensor | None = None,
+        gate: Gate = "batch",
+        power: int = 2,
+        balance: float | None = None,
+        hold: bool = False,
+        learning_rate: float = 1e-3,
+        optimizer: torch.optim.Optimizer | None = None,
+        forward: Forward | None = None,
+        loss: SampleLoss | None = None,
+    ) -> None:
+        check_gate(gate, power)
+        if balance is not None and not balance > 0:
+            raise ValueError(f"balance must be positive or None, got {balance}")
+        if hold and gate != "quantile":
+            raise ValueError(f'hold=True needs gate="quantile", got {gate!r}')
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError("the model has no trainable parameter (requires_grad is False everywhere)")
+        self.model = model
+        self.device = device_of(model)
+        self.gate: Gate = gate
+        self.power = power
+        self.balance = balance
+        self.hold = hold
+        self.optimizer = optimizer or default_optimizer(self.parameters, learning_rate)
+        self.forwards = "not chosen yet"
+        self._forward = forward or default_forward
+        self._loss = loss or sample_losses
+        dtype = compute_dtype(self.parameters[0])
+        self._alpha = torch.zeros((), dtype=dtype, device=self.device)
+        self._tau = torch.zeros((), dtype=dtype, device=self.device)
+        self._quantiles = torch.zeros(QUANTILES, dtype=dtype, device=self.device)
+        self._rank = torch.full((), torch.nan, dtype=dtype, device=self.device)
+        self._has_tau = self._has_quantiles = False
+        self.set_alpha(alpha)
+        if tau is not None:
+            self.set_tau(tau)
+
+    def set_alpha(self, alpha: float) -> None:
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+        self._alpha.fill_(alpha)
+
+    def set_tau(self, tau: float | Tensor | Target) -> None:
+        """Mean held-out loss, the 1-D tensor of held-out losses, or a `Target`."""
+        target = as_target(tau, self.gate, like=self._tau)
+        self._tau.copy_(target.mean)
+        self._has_tau, self._has_quantiles = True, target.quantiles is not None
+        if target.quantiles is not None:
+            self._quantiles.copy_(target.quantiles)
+
+    @property
+    def tau(self) -> Tensor:
+        return self._tau
+
+    @property
+    def alpha(self) -> Tensor:
+        return self._alpha
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def step(self, forget_batch: Batch, retain_batch: Batch) -> StepMetrics:
+        """One update. Raises ValueError where tau is not set or a batch does not fit the model's logits."""
+        if not self._has_tau:
+            raise ValueError("tau is not set: pass tau= or call set_tau with the held-out losses before the first step")
+        forget, retain = to_device(forget_batch, self.device), to_device(retain_batch, self.device)
+        if self.forwards == "not chosen yet":
+            self.forwards = self._choose_forwards(forget, retain)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.balance is None:
+            terms = self._terms(*self._losses(forget, retain))
+            terms.total.backward()  # type: ignore[no-untyped-call]
+            metrics = self._metrics(terms, torch.ones_like(terms.total))
+        else:
+            metrics = self._balanced_backward(forget, retain)
+        self.optimizer.step()
+        return metrics
+
+    def _terms(self, losses: Tensor, forget_mask: Tensor) -> Terms:
+        quantiles = self._quantiles.to(losses) if self._has_quantiles else None
+        target = Target(self._tau.to(losses), quantiles)
+        weight = self._still_below(losses, forget_mask, quantiles) if self.hold and quantiles is not None else 1.0
+        return objective(
+            losses,
+            forget_mask,
+            target,
+            self._alpha.to(losses),
+            gate=self.gate,
+            power=self.power,
+            forget_weight=weight,
+        )
+
+    def _still_below(self, losses: Tensor, forget_mask: Tensor, quantiles: Tensor) -> Tensor:
+        """1 while the running mean rank of the forget losses is below 0.5, else 0. The mean spans about HOLD_SAMPLES
+        samples, whatever the batch size."""
+        rank = mean_rank(losses, forget_mask, quantiles).to(self._rank)
+        keep = (1 - forget_mask.sum() / HOLD_SAMPLES).clamp(min=0.5)
+        running = torch.where(self._rank.isnan(), rank, keep * self._rank + (1 - keep) * rank)
+        self._rank.copy_(torch.where(forget_mask.any(), running, self._rank))
+        return (self._rank < 0.5).to(losses)
+
+    @staticmethod
+    def _metrics(terms: Terms, forget_scale: Tensor) -> StepMetrics:
+        values = (terms.total, terms.forget_loss, terms.retain_loss, terms.gate_open, forget_scale)
+        return StepMetrics(*(value.detach() for value in values))
+
+    def _sample_losses(self, batch: Batch) -> Tensor:
+        losses = self._loss(*self._forward(self.model, batch))
+        if losses.ndim != 1:
+            raise ValueError(f"the loss function must give one loss a sample, [B], got shape {tuple(losses.shape)}")
+        return losses
+
+    def _losses(self, forget: Batch, retain: Batch) -> tuple[Tensor, Tensor]:
+        """Losses of both groups, forget first, and the forget mask."""
+        mixed = concatenate(forget, retain) if self.forwards == MIXED else None
+        if mixed is not None:
+            losses, count = self._sample_losses(mixed), len(tensors_of(forget)[0])
+        else:
+            forget_losses = self._sample_losses(forget)
+            losses, count = torch.cat((forget_losses, self._sample_losses(retain))), len(forget_losses)
+        return losses, torch.arange(len(losses), device=losses.device) < count
+
+    def _balanced_backward(self, forget: Batch, retain: Batch) -> StepMetrics:
+        """Gradients of the two parts apart, the forget part scaled down to `balance` times the retain part's norm."""
+        parts, gradients = [], []
+        for batch, is_forget in ((forget, True), (retain, False)):
+            losses = self._sample_losses(batch)
+            terms = self._terms(losses, torch.full_like(losses, is_forget, dtype=torch.bool))
+            gradients.append(self._gradient(terms.total))
+            parts.append(terms)
+        forget_part, retain_part = parts
+        forget_norm, retain_norm = (torch.stack(torch._foreach_norm(part)).norm() for part in gradients)
+        tiny = torch.finfo(forget_norm.dtype).tiny
+        scale = (self.balance * retain_norm / forget_norm.clamp(min=tiny)).clamp(max=1.0)
+        torch._foreach_mul_(gradients[0], scale)
+        torch._foreach_add_(gradients[1], gradients[0])
+        for parameter, gradient in zip(self.parameters, gradients[1], strict=True):
+            parameter.grad = gradient
+        terms = Terms(
+            forget_part.total + retain_part.total,
+            forget_part.forget_term,
+            forget_part.forget_loss,
+            retain_part.retain_loss,
+            forget_part.gate_open,
+        )
+        return self._metrics(terms, scale)
+
+    def _gradient(self, value: Tensor) -> list[Tensor]:
+        # Looking at a value is free on the CPU: the backward of a closed or held gate is left out there.
+        if value.device.type == "cpu" and value.item() == 0:
+            return [torch.zeros_like(parameter) for parameter in self.parameters]
+        found = torch.autograd.grad(value, self.parameters, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, self.parameters, strict=True)]
+
+    def _choose_forwards(self, forget: Batch, retain: Batch) -> str:
+        """Whether one mixed forward is exact for this model and data, decided on the first batches."""
+        if self.balance is not None:
+            return "two forwards and backwards: balanced gradients are kept apart"
+        if (name := uses_batch_statistics(self.model)) is not None:
+            return f"two forwards: {name} normalises with the statistics of its batch"
+        mixed = concatenate(forget, retain)
+        if mixed is None:
+            return "two forwards: forget and retain batch cannot be concatenated"
+        with evaluation_mode(self.model), torch.no_grad():
+            apart = torch.cat((self._sample_losses(forget), self._sample_losses(retain)))
+            together = self._sample_losses(mixed)
+        # Other batch sizes take other kernels, so rounding differs; influence between samples is far larger.
+        tolerance = 1e-3 if self.parameters[0].dtype in (torch.float32, torch.float64) else 5e-2
+        if together.shape != apart.shape or not torch.allclose(
+            together, apart, rtol=tolerance, atol=tolerance, equal_nan=True
+        ):
+            return "two forwards: samples of a batch influence each other's loss in this model"
+        return MIXED
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizer state, tau and alpha; the model's weights are the model's own state dict."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "alpha": self._alpha.clone(),
+            "tau": self._tau.clone(),
+            "quantiles": self._quantiles.clone(),
+            "rank": self._rank.clone(),
+            "has_tau": self._has_tau,
+            "has_quantiles": self._has_quantiles,
+            "forwards": self.forwards,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._alpha.copy_(state["alpha"])
+        self._tau.copy_(state["tau"])
+        self._quantiles.copy_(state["quantiles"])
+        self._rank.copy_(state["rank"])
+        self._has_tau, self._has_quantiles = state["has_tau"], state["has_quantiles"]
+        self.forwards = state["forwards"]
+
+
+def default_optimizer(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW as published (weight decay 0.01), in its fused form where the device has one."""
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+    return torch.optim.AdamW(parameters, lr=learning_rate, fused=fused)

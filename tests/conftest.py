@@ -1,0 +1,47 @@
+"""Small models and data that several tests share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+# The tensors here are small: a second thread costs more than it brings.
+torch.set_num_threads(1)
+
+Data = tuple[Tensor, Tensor]
+
+
+def blobs(count: int, classes: int = 4, features: int = 8, seed: int = 0, noise: float = 1.5) -> Data:
+    """Overlapping Gaussian classes: a model can memorise the training part and not the rest."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, features, generator=torch.Generator().manual_seed(99))
+    labels = torch.randint(classes, (count,), generator=generator)
+    return centres[labels] + noise * torch.randn(count, features, generator=generator), labels
+
+
+def mlp(features: int = 8, classes: int = 4, width: int = 32) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(features, width), nn.ReLU(), nn.Linear(width, classes))
+
+
+def train(model: nn.Module, data: Data, epochs: int = 60, learning_rate: float = 1e-2) -> nn.Module:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    for _ in range(epochs):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(data[0]), data[1]).backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def memorised() -> tuple[nn.Module, dict[str, Data]]:
+    """An MLP that memorised 400 samples, and its forget, retain, held-out and unseen parts."""
+    x, y = blobs(1000)
+    parts = {
+        "forget": (x[:60], y[:60]),
+        "retain": (x[60:400], y[60:400]),
+        "held_out": (x[400:700], y[400:700]),
+        "unseen": (x[700:], y[700:]),
+    }
+    torch.manual_seed(0)
+    return train(mlp(), (x[:400], y[:400]), epochs=300), parts

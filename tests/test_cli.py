@@ -1,0 +1,191 @@
+"""The commands as a user types them; what they write, refuse and say."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nabla_tau.cli import main
+
+TASK = """
+import torch
+from torch import nn
+
+def model():
+    return nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+
+def data():
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(4, (600,), generator=generator)
+    x = torch.eye(8)[y] + 0.7 * torch.randn(600, 8, generator=generator)
+    cut = dict(forget=slice(0, 60), retain=slice(60, 300), held_out=slice(300, 400), unseen=slice(400, 600))
+    return {name: (x[part], y[part]) for name, part in cut.items()}
+
+def train(model, data):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(200):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(data[0]), data[1]).backward()
+        optimizer.step()
+"""
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "task.py").write_text(TASK)
+    scope: dict = {}
+    exec(TASK, scope)
+    torch.manual_seed(0)
+    model, data = scope["model"](), scope["data"]()
+    scope["train"](model, tuple(torch.cat((data["forget"][i], data["retain"][i])) for i in (0, 1)))
+    save_file(model.state_dict(), "trained.safetensors")
+    torch.save(model.state_dict(), "trained.pt")
+    return tmp_path
+
+
+def unlearn(*options: str) -> int:
+    return main(
+        ["unlearn", "--task", "task.py", "--weights", "trained.safetensors", "--out", "new.safetensors", *options]
+    )
+
+
+def test_unlearn_then_audit(work, capsys):
+    before = (work / "trained.safetensors").read_bytes()
+    assert unlearn("--json", "copy.json") == 0
+    assert (work / "trained.safetensors").read_bytes() == before
+    record = json.loads((work / "new.json").read_text())
+    assert record == json.loads((work / "copy.json").read_text())
+    assert record["recipe"] == "default"
+    assert record["counts"] == {"forget": 60, "retain": 240, "held_out": 100}
+    assert record["settings"]["steps"] == len(record["history"]["step"])
+    old, new = load_file("trained.safetensors"), load_file("new.safetensors")
+    assert old.keys() == new.keys()
+    assert not torch.equal(old["0.weight"], new["0.weight"])
+
+    audit = ["audit", "--task", "task.py", "--weights", "new.safetensors", "--original", "trained.safetensors"]
+    assert main([*audit, "--retrain", "--record", "new.json", "--out", "out/report.html"]) == 0
+    report = json.loads((work / "out" / "report.json").read_text())
+    assert set(report["models"]) == {"original", "retrained", "unlearned"}
+    assert "unlearned" in capsys.readouterr().out
+    assert "<svg" in (work / "out" / "report.html").read_text()
+
+
+def test_pt_weights_give_the_same_result(work):
+    assert unlearn() == 0
+    wanted = load_file("new.safetensors")
+    assert main(["unlearn", "--task", "task.py", "--weights", "trained.pt", "--out", "pt.safetensors"]) == 0
+    assert all(torch.equal(value, wanted[name]) for name, value in load_file("pt.safetensors").items())
+
+
+def test_config_file_and_print_config(work, capsys):
+    (work / "run.yaml").write_text(
+        "task: task.py\nweights: trained.safetensors\nout: yaml.safetensors\nrecipe: paper\nseed: 4\n"
+    )
+    assert main(["unlearn", "--config", "run.yaml"]) == 0
+    record = json.loads((work / "yaml.json").read_text())
+    assert (record["recipe"], record["settings"]["seed"]) == ("paper", 4)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as done:
+        main(["unlearn", "--config", "run.yaml", "--print_config"])
+    assert done.value.code == 0
+    assert "recipe: paper" in capsys.readouterr().out
+
+
+def refused(capsys, code: int, expected: int = 2) -> str:
+    assert code == expected
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("nabla-tau: ")
+    assert "Traceback" not in error
+    return error
+
+
+def test_outputs_are_never_overwritten(work, capsys):
+    before = (work / "trained.safetensors").read_bytes()
+    options = ["unlearn", "--task", "task.py", "--weights", "trained.safetensors", "--out", "trained.safetensors"]
+    assert "exists and is not overwritten" in refused(capsys, main(options))
+    assert (work / "trained.safetensors").read_bytes() == before
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+def test_pickle_where_weights_are_expected(work, capsys):
+    (work / "trained.safetensors").unlink()
+    with open("trained.pt", "wb") as file:
+        pickle.dump(Evil(), file)
+    torch.save({"weight": Evil()}, "zip.pt")
+    for name in ("trained.pt", "zip.pt"):
+        code = main(["unlearn", "--task", "task.py", "--weights", name, "--out", "new.safetensors"])
+        assert "not loaded, since that would run code" in refused(capsys, code)
+    assert not (work / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["trained.safetensors", "trained.pt"])
+def test_truncated_weights(work, capsys, name):
+    content = (work / name).read_bytes()
+    (work / name).write_bytes(content[: len(content) // 2])
+    code = main(["unlearn", "--task", "task.py", "--weights", name, "--out", "new.safetensors"])
+    assert "is not a whole" in refused(capsys, code)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--weights", "absent.safetensors"], "no weights at absent.safetensors"),
+        (["--task", "absent.py"], "no task file at absent.py"),
+        (["--task", "empty.py"], "must define model"),
+        (["--weights", "other.safetensors"], "do not fit the model: missing"),
+        (["--recipe", "magic"], "recipe must be one of default, paper"),
+        (["--out", "new.bin"], "written as .safetensors"),
+    ],
+)
+def test_bad_input(work, capsys, options, text):
+    (work / "empty.py").write_text("")
+    save_file({"x": torch.zeros(2)}, "other.safetensors")
+    assert text in refused(capsys, unlearn(*options))
+    assert not list(work.glob("new.*"))
+
+
+def test_non_finite_run_leaves_the_last_good_weights(work, capsys):
+    text = TASK + "\ncalls = []\ndef forward(model, batch):\n    calls.append(torch.is_grad_enabled())\n"
+    text += "    return model(batch[0]) * (float('nan') if sum(calls) > 9 else 1), batch[1]\n"
+    (work / "task.py").write_text(text)
+    code = unlearn()
+    captured = capsys.readouterr().err
+    assert code == 3
+    assert "became non-finite in step" in captured
+    good = load_file("new.last-good.safetensors")
+    assert all(value.isfinite().all() for value in good.values())
+    assert not (work / "new.safetensors").exists()
+
+
+def test_unknown_option_exits_with_2(work, capsys):
+    with pytest.raises(SystemExit) as done:
+        unlearn("--magic", "1")
+    assert done.value.code == 2
+
+
+def test_env(tmp_path, capsys):
+    assert main(["env", "--json", str(tmp_path / "env.json")]) == 0
+    environment = json.loads((tmp_path / "env.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__
+    assert "C++" in environment["kernels"]["cpu"]
+    assert "openmp" in capsys.readouterr().out
+
+
+def test_installed_command_runs():
+    command = Path(sys.executable).with_name("nabla-tau")
+    process = subprocess.run([command, "--version"], capture_output=True, text=True)
+    assert process.returncode == 0
+    assert process.stdout.strip()
