@@ -49,21 +49,17 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def split_targets(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
     """Positional inputs, keyword inputs and targets of a batch; ValueError if it has no targets to find."""
-    targets: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     if isinstance(batch, Mapping):
-        inputs = dict(batch)
-        for key in LABEL_KEYS:
-            if key in inputs:
-                targets = inputs.pop(key)
-                break
-        else:
-            raise ValueError(f"a mapping batch needs one of the keys {', '.join(LABEL_KEYS)}, got {sorted(inputs)}")
-        args: tuple[Any, ...] = ()
+        key = next((key for key in LABEL_KEYS if key in batch), None)
+        if key is None:
+            raise ValueError(f"a mapping batch needs one of the keys {', '.join(LABEL_KEYS)}, got {sorted(batch)}")
+        args, kwargs, targets = (), {name: value for name, value in batch.items() if name != key}, batch[key]
     elif isinstance(batch, (tuple, list)) and len(batch) >= 2:
-        *rest, targets = batch
-        args, inputs = tuple(rest), {}
+        args, kwargs, targets = tuple(batch[:-1]), {}, batch[-1]
         if len(args) == 1 and isinstance(args[0], Mapping):
-            args, inputs = (), dict(args[0])
+            args, kwargs = (), dict(args[0])
     else:
         raise ValueError(
             f"a batch must be (inputs, ..., targets) or a mapping with labels, got {type(batch).__name__}; "
@@ -71,7 +67,7 @@ def split_targets(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any], Tensor
         )
     if not isinstance(targets, Tensor):
         raise TypeError(f"the targets of a batch must be a tensor, got {type(targets).__name__}")
-    return args, inputs, targets
+    return args, kwargs, targets
 
 
 def default_forward(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

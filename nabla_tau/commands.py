@@ -1,0 +1,172 @@
+"""What each command of the CLI does, once its options are parsed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from torch import nn
+
+from nabla_tau import _C
+from nabla_tau.auditing import AuditReport, audit
+from nabla_tau.checkpoint import write_atomic
+from nabla_tau.demo import run_demo
+from nabla_tau.functional import CPP_DTYPES
+from nabla_tau.loop import NonFiniteLossError, UnlearnResult, unlearn
+from nabla_tau.recipes import RECIPES
+from nabla_tau.task import Task, load_task
+from nabla_tau.weights import check_new, check_new_weights, load_weights, save_weights, sha256
+
+
+def write_json(content: Any, path: Path) -> None:
+    write_atomic(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+
+
+def demo(args: Namespace) -> None:
+    report = run_demo(fraction=args.fraction, classes=args.classes, seed=args.seed, progress=True)
+    _give_report(report, args.out / "report.html", args.json)
+
+
+def _give_report(report: AuditReport, html: Path, json_file: Path | None) -> None:
+    html.parent.mkdir(parents=True, exist_ok=True)
+    report.save(html)
+    report.save(html.with_suffix(".json"))
+    if json_file is not None:
+        report.save(json_file)
+    print(report.table())
+    print(f"\nreport: {html}")
+
+
+def run_unlearn(args: Namespace) -> None:
+    check_new_weights(args.out)
+    check_new(_record_path(args.out))
+    task = load_task(args.task)
+    model = task.model()
+    load_weights(model, args.weights)
+    sets = task.require("forget", "retain", "held_out")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # they are in the result, and printed below
+            result = unlearn(
+                model,
+                **sets,
+                recipe=args.recipe,
+                forward=task.forward,
+                loss=task.loss,
+                seed=args.seed,
+                inplace=True,
+                checkpoint=args.checkpoint,
+                resume=args.resume,
+                progress=True,
+            )
+    except NonFiniteLossError as error:
+        rescue = args.out.with_suffix(".last-good.safetensors")
+        save_weights(error.result.model, rescue)
+        print(f"last good weights: {rescue}", file=sys.stderr)
+        raise
+    save_weights(result.model, args.out)
+    record = _record(args, result)
+    write_json(record, _record_path(args.out))
+    if args.json is not None:
+        write_json(record, args.json)
+    _print_result(result, args.out)
+
+
+def _record_path(weights: Path) -> Path:
+    return weights.with_suffix(".json")
+
+
+def _record(args: Namespace, result: UnlearnResult) -> dict[str, Any]:
+    return result.to_dict() | {
+        "task": args.task,
+        "input": {"path": str(args.weights), "sha256": sha256(args.weights)},
+        "output": {"path": str(args.out), "sha256": sha256(args.out)},
+        "versions": _versions(),
+    }
+
+
+def _print_result(result: UnlearnResult, out: Path) -> None:
+    history, settings = result.history, result.settings
+    print(f"recipe {result.recipe}: {settings['steps']} steps in {result.seconds:.1f} s, {settings['forwards']}")
+    classes = f" {list(result.removed_classes)}" if result.removed_classes else ""
+    print(f"forget set: {result.counts['forget']} samples, {settings['forget_kind']}{classes}")
+    first, last = history["forget_loss"][0], history["forget_loss"][-1]
+    print(f"mean forget loss {first:.3f} -> {last:.3f}, tau {settings['tau_last']:.3f}")
+    for message in result.warnings:
+        print(f"warning: {message}")
+    print(f"weights: {out}\nrecord:  {_record_path(out)}")
+
+
+def run_audit(args: Namespace) -> None:
+    task = load_task(args.task)
+    sets = task.require("forget", "unseen") | {"retain": task.data.get("retain")}
+
+    def loaded(path: Path) -> nn.Module:
+        model = task.model()
+        load_weights(model, path)
+        return model
+
+    retrained = [loaded(path) for path in args.retrained]
+    if args.retrain:
+        retrained.append(_retrain(task))
+    report = audit(
+        loaded(args.weights),
+        **sets,
+        original=None if args.original is None else loaded(args.original),
+        retrained=retrained or None,
+        forward=task.forward,
+        loss=task.loss,
+        record=None if args.record is None else json.loads(args.record.read_text()),
+        progress=True,
+    )
+    _give_report(report, args.out, args.json)
+
+
+def _retrain(task: Task) -> nn.Module:
+    if task.train is None:
+        raise ValueError("--retrain needs train(model, data) in the task")
+    model = task.model()
+    trained = task.train(model, task.require("retain")["retain"])
+    return trained if isinstance(trained, nn.Module) else model
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in ("nabla_tau", "torch", "triton", "numpy", "scikit-learn"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def env(args: Namespace) -> None:
+    devices = ["cpu", *(f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count()))]
+    cpp = ", ".join(str(dtype).removeprefix("torch.") for dtype in CPP_DTYPES)
+    environment = {
+        "versions": _versions(),
+        "devices": devices,
+        "kernels": {
+            "cpu": f"C++ ({_C.simd_level()}) for {cpp}; plain PyTorch for other dtypes and under torch.compile",
+            "other devices": "plain PyTorch (nabla_tau.kernels.reference)",
+        },
+        "threads": {"torch": torch.get_num_threads(), "openmp": _C.openmp_max_threads()},
+        "recipes": {name: repr(recipe) for name, recipe in RECIPES.items()},
+    }
+    if args.json is not None:
+        write_json(environment, args.json)
+    for title, values in environment.items():
+        print(title)
+        pairs = values.items() if isinstance(values, dict) else ((value, "") for value in values)
+        for name, value in pairs:
+            print(f"  {name:<16} {value}".rstrip())
+
+
+COMMANDS = {"demo": demo, "unlearn": run_unlearn, "audit": run_audit, "env": env}
