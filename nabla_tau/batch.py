@@ -57,9 +57,9 @@ def split_targets(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any], Tensor
             raise ValueError(f"a mapping batch needs one of the keys {', '.join(LABEL_KEYS)}, got {sorted(batch)}")
         args, kwargs, targets = (), {name: value for name, value in batch.items() if name != key}, batch[key]
     elif isinstance(batch, (tuple, list)) and len(batch) >= 2:
-        args, kwargs, targets = tuple(batch[:-1]), {}, batch[-1]
-        if len(args) == 1 and isinstance(args[0], Mapping):
-            args, kwargs = (), dict(args[0])
+        one_mapping = len(batch) == 2 and isinstance(batch[0], Mapping)
+        args, kwargs = ((), dict(batch[0])) if one_mapping else (tuple(batch[:-1]), {})
+        targets = batch[-1]
     else:
         raise ValueError(
             f"a batch must be (inputs, ..., targets) or a mapping with labels, got {type(batch).__name__}; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import time
+import warnings
 from collections.abc import Callable
 from importlib.resources import files
 from typing import TypeAlias
@@ -120,18 +121,20 @@ def run_demo(*, fraction: float = 0.15, classes: int = 0, seed: int = 0, progres
     retrained = timed(
         "retrained", lambda: train_cnn(parts["retain"], seed=seed + 1, name="retraining", progress=progress)
     )
-    results = {
-        name: unlearn(
-            original,
-            forget=parts["forget"],
-            retain=parts["retain"],
-            held_out=parts["held_out"],
-            recipe=recipe,
-            seed=seed,
-            progress=progress,
-        )
-        for name, recipe in (("unlearned", DEFAULT), ("paper", PAPER), ("finetuned", finetune_recipe()))
-    }
+    results = {}
+    for name, recipe in (("unlearned", DEFAULT), ("paper", PAPER), ("finetuned", finetune_recipe())):
+        with warnings.catch_warnings():
+            # What a recipe fails to do is what the audit shows.
+            warnings.simplefilter("ignore", UserWarning)
+            results[name] = unlearn(
+                original,
+                forget=parts["forget"],
+                retain=parts["retain"],
+                held_out=parts["held_out"],
+                recipe=recipe,
+                seed=seed,
+                progress=progress,
+            )
     seconds |= {name: result.seconds for name, result in results.items()}
     return audit(
         results["unlearned"].model,

@@ -82,7 +82,7 @@ def diagnose(history: History, gate: str) -> list[str]:
     columns = history.columns
     opened = columns["gate_open"]
     found: list[str] = []
-    if not opened or gate == "two_sided":
+    if not opened or gate == "two_sided" or max(columns["alpha"]) == 0:
         return found
     if max(opened) == 0:
         found.append(
