@@ -92,6 +92,18 @@ def test_a_small_gap_that_has_hardly_closed_is_not_forgetting():
     assert with_original.verdict != "forgotten"
 
 
+def test_lost_retain_accuracy_is_said_in_words_and_leaves_the_verdict():
+    models = {"unlearned": model(0, own=1), "retrained": model(0, own=2)}
+    models["unlearned"]["retain"] = signals(500, 3, ease=0, own=1)
+    report = audit_signals(models, retrained=["retrained"], bootstrap=300)
+    (finding,) = [f for f in report.findings if f.text.startswith("Retain accuracy")]
+    assert finding.level == "warning"
+    assert report.verdict == "forgotten"
+    del models["unlearned"]["retain"], models["retrained"]["retain"]
+    without = audit_signals(models, retrained=["retrained"], bootstrap=300)
+    assert not [f for f in without.findings if f.text.startswith("Retain accuracy")]
+
+
 def test_several_retrained_models_are_averaged_and_their_spread_is_shown():
     models = {"unlearned": model(0.5, own=1), "r1": model(0, own=2), "r2": model(0, own=3), "r3": model(0.1, own=4)}
     report = audit_signals(models, retrained=["r1", "r2", "r3"], bootstrap=300, seconds={"retrained": 9.0})

@@ -93,12 +93,17 @@ def audit_signals(
     for name in sorted(parts_of, key=lambda n: _ROLES.index(roles[n])):
         parts = parts_of[name]
         if roles[name] in (SUBJECT, "compared"):
+            utility, retained = (
+                utility_of(which, signals, numbers, parts, retrained, original, comparison, confidence)
+                for which in ("Test", "Retain")
+            )
             verdicts[name] = judge(
                 attacks,
                 subject=name,
                 retrained=retrained,
                 original=original,
-                utility=utility_of(signals, numbers, parts, retrained, original, comparison, confidence),
+                utility=utility,
+                retained=retained,
                 confidence=confidence,
                 tolerance=tolerance,
             )

@@ -92,6 +92,7 @@ def accuracy_gap_interval(
 
 
 def utility_of(
+    which: str,
     signals: SetsOf,
     numbers: Mapping[str, Numbers],
     model: Sequence[str],
@@ -100,15 +101,19 @@ def utility_of(
     comparison: Comparison,
     confidence: float,
 ) -> Utility | None:
-    """Test accuracy beside that of the retrained models or, without them, of the original; None without either."""
+    """Accuracy on the "Test" or "Retain" set beside that of the retrained models or, without them, of the original;
+    None without either or without that set."""
     reference = tuple(retrained) or ((original,) if original else ())
-    if not reference:
+    of_set = {"Test": "unseen", "Retain": "retain"}[which]
+    if not reference or any(of_set not in signals[name] for name in (*model, *reference)):
         return None
-    interval = accuracy_gap_interval(signals, model, reference, "unseen", comparison.test, confidence)
-    ours, theirs = (mean_numbers(numbers, names)["test_accuracy"] for names in (model, reference))
+    mask = comparison.test if which == "Test" else np.ones(len(signals[model[0]][of_set]), bool)
+    interval = accuracy_gap_interval(signals, model, reference, of_set, mask, confidence)
+    measure = f"{which.lower()}_accuracy"
+    ours, theirs = (mean_numbers(numbers, names)[measure] for names in (model, reference))
     if interval is None or ours is None or theirs is None:
         return None
-    return Utility(ours, theirs, "retrained" if retrained else "original", *interval)
+    return Utility(which, ours, theirs, "retrained" if retrained else "original", *interval)
 
 
 def _correct(signals: SetsOf, names: Sequence[str], of_set: str) -> NDArray[np.float64] | None:

@@ -52,8 +52,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Utility:
-    """Test accuracy of the model and of what it is compared with, and the paired interval of the difference."""
+    """Accuracy of the model on the "Test" or "Retain" set and that of what it is compared with, and the paired
+    interval of the difference."""
 
+    which: str
     accuracy: float
     reference: float
     reference_name: str
@@ -68,10 +70,13 @@ def judge(
     retrained: Sequence[str] = (),
     original: str | None = None,
     utility: Utility | None = None,
+    retained: Utility | None = None,
     confidence: float = 0.95,
     tolerance: float = 0.03,
 ) -> Verdict:
     """Judge the model `subject` by its `attacks` (signal -> bootstrap); the rule is in the module's docstring.
+
+    utility: accuracy on the test set, which enters the verdict; retained: on the retain set, which is a finding only.
 
     tolerance: AUC gap that still counts as forgotten. 0.03 is an advantage (TPR - FPR) of about 0.04 at best, where
     scores are Gaussian.
@@ -174,37 +179,41 @@ def judge(
             f"({confidence:.0%} interval {low:+.3f} to {high:+.3f})."
         )
         findings.append(Finding("note", text))
-    findings += _other_findings(utility, damaged=code == "damaged", retrained=retrained, confidence=confidence)
+    if utility is not None and code != "damaged":
+        findings.append(_utility_finding(utility, confidence))
+    if retained is not None:
+        findings.append(_utility_finding(retained, confidence))
+    findings += _reference_findings(retrained)
     return Verdict(code, sentence, tuple(findings))
 
 
-def _other_findings(
-    utility: Utility | None, *, damaged: bool, retrained: Sequence[str], confidence: float
-) -> list[Finding]:
-    findings = []
-    if utility is not None and not damaged:
-        difference = utility.accuracy - utility.reference
-        text = (
-            f"Test accuracy {utility.accuracy:.1%} against {utility.reference:.1%} ({utility.reference_name}): "
-            f"{100 * difference:+.1f} points, {confidence:.0%} interval {100 * utility.low:+.1f} to "
-            f"{100 * utility.high:+.1f}."
-        )
-        level = "warning" if difference < -NOTICEABLE_LOSS and utility.high < 0 else "good"
-        findings.append(Finding(level if difference > -NOTICEABLE_LOSS or level == "warning" else "note", text))
+def _utility_finding(utility: Utility, confidence: float) -> Finding:
+    difference = utility.accuracy - utility.reference
+    text = (
+        f"{utility.which} accuracy {utility.accuracy:.1%} against {utility.reference:.1%} ({utility.reference_name}): "
+        f"{100 * difference:+.1f} points, {confidence:.0%} interval {100 * utility.low:+.1f} to "
+        f"{100 * utility.high:+.1f}."
+    )
+    if difference > -NOTICEABLE_LOSS:
+        return Finding("good", text)
+    return Finding("warning" if utility.high < 0 else "note", text)
+
+
+def _reference_findings(retrained: Sequence[str]) -> list[Finding]:
     if not retrained:
-        findings.append(
+        return [
             Finding(
                 "warning",
                 "No retrained model was given. The reference is an AUC of 0.5, which a model that never saw the forget "
                 "set reaches only if forgotten and unseen samples are equally hard; a retrained model settles that.",
             )
-        )
-    elif len(retrained) == 1:
-        findings.append(
+        ]
+    if len(retrained) == 1:
+        return [
             Finding(
                 "note",
                 "One retrained model was given. Retraining with another seed moves these figures too, and the "
                 "intervals do not hold that part; two or more retrained models would show it.",
             )
-        )
-    return findings
+        ]
+    return []

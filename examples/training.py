@@ -1,0 +1,83 @@
+"""What the examples share and what is not about unlearning: their options, a random split, a training loop."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+Data = tuple[Tensor, Tensor]
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--fraction", type=_share, default=0.15, help="share of the training rows to forget")
+    parser.add_argument("--seed", type=int, default=0, help="of the split, the training and the unlearning")
+    parser.add_argument(
+        "--recipe",
+        nargs="+",
+        choices=("default", "paper"),
+        default=["default", "paper"],
+        help="the first is judged, and a second compared with it; without this option both, as here",
+    )
+    parser.add_argument("--quick", action="store_true", help="few rows, a few seconds: to see that it runs")
+    parser.add_argument("--json", type=_file(".json"), metavar="FILE", help="write the audit's figures here")
+    parser.add_argument("--out", type=_file(".html"), default="report.html", metavar="FILE", help="the report")
+    return parser
+
+
+def _share(text: str) -> float:
+    if not 0 < float(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
+    return float(text)
+
+
+def _file(suffix: str) -> Callable[[str], Path]:
+    def path(text: str) -> Path:
+        # The report is written last: a wrong name should not cost the whole run.
+        if Path(text).suffix != suffix:
+            raise argparse.ArgumentTypeError(f"must end in {suffix}, got {text}")
+        return Path(text)
+
+    return path
+
+
+def split(data: Data, *, train: int, held_out: int, unseen: int, fraction: float, seed: int) -> dict[str, Data]:
+    """Random parts of the data: "train" for the original model, of which "forget" is the share to be forgotten and
+    "retain" the rest; "held_out", which `unlearn` measures its target on; "unseen", which only the audit looks at."""
+    x, y = data
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    trained, forgotten = order[:train], round(fraction * train)
+    parts = {
+        "train": trained,
+        "forget": trained[:forgotten],
+        "retain": trained[forgotten:],
+        "held_out": order[train : train + held_out],
+        "unseen": order[train + held_out :][:unseen],
+    }
+    return {name: (x[rows], y[rows]) for name, rows in parts.items()}
+
+
+def fit(
+    make_model: Callable[[], nn.Module], data: Data, loss: Callable[[Tensor, Tensor], Tensor], *, epochs: int, seed: int
+) -> tuple[nn.Module, float]:
+    """A new model, trained with AdamW and nothing that keeps it from memorising its data; and the seconds it took."""
+    started = time.perf_counter()
+    torch.manual_seed(seed)
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, total_iters=epochs)
+    x, y = data
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x)).split(128):
+            optimizer.zero_grad()
+            loss(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+        schedule.step()
+    return model.eval(), time.perf_counter() - started
