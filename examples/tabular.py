@@ -64,8 +64,9 @@ def main() -> None:
     parts = split(data, train=rows, held_out=rows // 4, unseen=rows // 2, fraction=args.fraction, seed=args.seed)
     forget, retain = parts["forget"], parts["retain"]
 
-    original, seconds_original = fit(make_model, parts["train"], nn.functional.cross_entropy, epochs=epochs, seed=args.seed)
-    retrained, seconds_retrained = fit(make_model, retain, nn.functional.cross_entropy, epochs=epochs, seed=args.seed + 1)
+    loss = nn.functional.cross_entropy
+    original, seconds_original = fit(make_model, parts["train"], loss, epochs=epochs, seed=args.seed)
+    retrained, seconds_retrained = fit(make_model, retain, loss, epochs=epochs, seed=args.seed + 1)
 
     # Nothing is set for this data set: the same defaults serve images, text and tables.
     results = [

@@ -22,9 +22,9 @@ from nabla_tau.evaluation import SampleLoss, device_of, evaluation_mode, forward
 from nabla_tau.functional import check_labels, infer_task, row_provider
 from nabla_tau.history import History, Log, diagnose
 from nabla_tau.progress import progress_bar
-from nabla_tau.recipes import RECIPES, Plan, Recipe, forget_batch_size, make_plan
+from nabla_tau.recipes import RECIPES, Plan, Recipe, forget_batch_size, learning_rate_from_weights, make_plan
 from nabla_tau.sources import Source, Stream, as_source, count_shared, derive_seed, split_held_out
-from nabla_tau.unlearner import Unlearner
+from nabla_tau.unlearner import Unlearner, trainable_parameters
 
 logger = logging.getLogger("nabla_tau")
 
@@ -183,12 +183,15 @@ class _Run:
         self.forward, self.loss, self.seed, self.warnings = forward, loss, seed, found
         forget, retain = sources["forget"], sources["retain"]
         size, forget_size = recipe.batch_size, forget_batch_size(recipe, forget.count, retain.count)
+        trainable = trainable_parameters(model)
+        learning_rate = recipe.learning_rate or learning_rate_from_weights(trainable)
         self.plan: Plan = make_plan(
             recipe,
             forget_batches=forget.batches_per_pass(forget_size),
             retain_batches=retain.batches_per_pass(size),
             forget_count=forget.count,
             retain_count=retain.count,
+            learning_rate=learning_rate,
         )
         self.unlearner = Unlearner(
             model,
@@ -197,7 +200,7 @@ class _Run:
             power=recipe.power,
             balance=recipe.balance,
             hold=recipe.hold,
-            learning_rate=recipe.learning_rate,
+            learning_rate=learning_rate,
             forward=forward,
             loss=loss,
         )
@@ -309,6 +312,8 @@ class _Run:
         parameter = self.unlearner.parameters[0]
         settings |= {
             "steps": self.plan.steps,
+            "learning_rate": self.plan.learning_rate0,
+            "learning_rate_from": "weights" if self.recipe.learning_rate is None else "recipe",
             "alpha_start": self.plan.alpha0,
             "forget_kind": self.kind.kind,
             "forget_batch_size": self.forget_stream.batch_size,

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
+
+from torch import Tensor
 
 from nabla_tau.loss import check_gate
 from nabla_tau.objective import Gate, alpha_start
@@ -15,18 +19,21 @@ class Recipe:
     """Settings of an unlearning run; nothing in them depends on the data set.
 
     gate, power, balance: as in `Unlearner`. alpha: weight of the ascent, None for min(1, 5/3 |D_f| / |D_train|).
-    alpha_end: what it falls to over the run, as a share of its start. learning_rate falls linearly to
-    `learning_rate_end` times itself. schedule: "forget_epochs" is the published one, E = int(6 |R| / (2 |F|)) passes
-    over the forget batches, one retain batch beside each, learning rate and alpha changing from epoch to epoch and tau
-    measured every `tau_every` epochs; "retain_passes" runs `retain_passes` passes over the retain batches, but at least
-    `min_steps` steps, learning rate and alpha changing from step to step and tau measured every `tau_every` of the
-    run (a share). tau_samples: held-out samples
-    it is measured on, drawn anew each time; None for all. batch_size: retain samples a step. forget_ratio: forget
-    samples a step are forget_ratio * (forgotten share of the data) * batch_size, between 8 and batch_size; None for
-    batch_size (a DataLoader keeps its own). hold: leave the ascent out of the steps in which the forget losses, in a
-    running mean, rank no lower than held-out losses. shrink, noise: before the first step every trainable matrix w
-    (any tensor of two or more dimensions) becomes shrink * w + noise * std(w) * N(0, 1). match_classes: tau follows
-    the kind of the forget set (`classes.py`) instead of being the plain mean.
+    alpha_end: what it falls to over the run, as a share of its start. learning_rate: at the start, None to take it
+    from the weights (`learning_rate_from_weights`); it falls linearly to `learning_rate_end` times itself.
+
+    schedule: "forget_epochs" is the published one, E = int(6 |R| / (2 |F|)) passes over the forget batches, one retain
+    batch beside each, learning rate and alpha changing from epoch to epoch and tau measured every `tau_every` epochs;
+    "retain_passes" runs `retain_passes` passes over the retain batches, but at least `min_steps` steps, learning rate
+    and alpha changing from step to step and tau measured every `tau_every` of the run (a share). tau_samples: held-out
+    samples it is measured on, drawn anew each time; None for all.
+
+    batch_size: retain samples a step. forget_ratio: forget samples a step are forget_ratio * (forgotten share of the
+    data) * batch_size, between 8 and batch_size; None for batch_size (a DataLoader keeps its own). hold: leave the
+    ascent out of the steps in which the forget losses, in a running mean, rank no lower than held-out losses. shrink,
+    noise: before the first step every trainable matrix w (any tensor of two or more dimensions) becomes
+    shrink * w + noise * std(w) * N(0, 1). match_classes: tau follows the kind of the forget set (`classes.py`) instead
+    of being the plain mean.
     """
 
     name: str
@@ -35,7 +42,7 @@ class Recipe:
     alpha: float | None
     alpha_end: float
     balance: float | None
-    learning_rate: float
+    learning_rate: float | None
     learning_rate_end: float
     schedule: Literal["forget_epochs", "retain_passes"]
     retain_passes: float
@@ -105,7 +112,7 @@ DEFAULT = Recipe(
     alpha=0.5,
     alpha_end=1.0,
     balance=0.25,
-    learning_rate=3e-3,
+    learning_rate=None,
     learning_rate_end=0.0,
     schedule="retain_passes",
     retain_passes=2.5,
@@ -131,6 +138,7 @@ class Plan:
     tau_every: int
     retain_restart: int | None
     alpha0: float
+    learning_rate0: float
     stage_steps: int
     stages: int
     recipe: Recipe
@@ -143,7 +151,7 @@ class Plan:
         return self.alpha0 * (1 + (self.recipe.alpha_end - 1) * self._progress(step))
 
     def learning_rate(self, step: int) -> float:
-        return self.recipe.learning_rate * (1 + (self.recipe.learning_rate_end - 1) * self._progress(step))
+        return self.learning_rate0 * (1 + (self.recipe.learning_rate_end - 1) * self._progress(step))
 
 
 def forget_batch_size(recipe: Recipe, forget_count: int, retain_count: int) -> int:
@@ -155,10 +163,31 @@ def forget_batch_size(recipe: Recipe, forget_count: int, retain_count: int) -> i
     return min(wanted, recipe.batch_size, forget_count)
 
 
+def learning_rate_from_weights(parameters: Iterable[Tensor]) -> float:
+    """Learning rate for AdamW: 1/25 of the median root mean square of the weight matrices (tensors of two or more
+    dimensions; the lower one of two medians).
+
+    An AdamW step moves each weight by about the learning rate, so this is a first step of 4 % of a typical weight,
+    whatever the model was trained with. Measured on CNNs, bag-of-embedding and tabular models.
+    """
+    scales = [float(p.detach().float().square().mean().sqrt()) for p in parameters if p.ndim > 1]
+    scales = sorted(scale for scale in scales if scale > 0)
+    if not scales:
+        raise ValueError("no trainable weight matrix to take a learning rate from: give the recipe a learning_rate")
+    return statistics.median_low(scales) / 25
+
+
 def make_plan(
-    recipe: Recipe, *, forget_batches: int, retain_batches: int, forget_count: int, retain_count: int
+    recipe: Recipe,
+    *,
+    forget_batches: int,
+    retain_batches: int,
+    forget_count: int,
+    retain_count: int,
+    learning_rate: float,
 ) -> Plan:
-    """Plan of a recipe for loaders of `forget_batches` and `retain_batches` batches a pass."""
+    """Plan of a recipe for loaders of `forget_batches` and `retain_batches` batches a pass, starting at
+    `learning_rate`."""
     alpha0 = alpha_start(forget_count, forget_count + retain_count) if recipe.alpha is None else recipe.alpha
     if recipe.schedule == "forget_epochs":
         epochs = max(1, int(retain_batches / (2 * forget_batches) * (2 * recipe.retain_passes)))
@@ -167,6 +196,7 @@ def make_plan(
             tau_every=max(1, round(recipe.tau_every)) * forget_batches,
             retain_restart=max(1, retain_batches // forget_batches) * forget_batches,
             alpha0=alpha0,
+            learning_rate0=learning_rate,
             stage_steps=forget_batches,
             stages=epochs,
             recipe=recipe,
@@ -177,6 +207,7 @@ def make_plan(
         tau_every=max(1, round(recipe.tau_every * steps)),
         retain_restart=None,
         alpha0=alpha0,
+        learning_rate0=learning_rate,
         stage_steps=1,
         stages=steps,
         recipe=recipe,

@@ -82,9 +82,7 @@ class Unlearner:
             raise ValueError(f"balance must be positive or None, got {balance}")
         if hold and gate != "quantile":
             raise ValueError(f'hold=True needs gate="quantile", got {gate!r}')
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        if not self.parameters:
-            raise ValueError("the model has no trainable parameter (requires_grad is False everywhere)")
+        self.parameters = trainable_parameters(model)
         self.model = model
         self.device = device_of(model)
         self.gate: Gate = gate
@@ -268,6 +266,14 @@ class Unlearner:
         self._rank.copy_(state["rank"])
         self._has_tau, self._has_quantiles = state["has_tau"], state["has_quantiles"]
         self.forwards = state["forwards"]
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters with requires_grad; ValueError where there is none."""
+    found = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not found:
+        raise ValueError("the model has no trainable parameter (requires_grad is False everywhere)")
+    return found
 
 
 def default_optimizer(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:

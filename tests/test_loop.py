@@ -127,7 +127,9 @@ def test_history_settings_and_log(memorised):
     assert result.history["step"] == list(range(steps)) == [step for step, _ in logged]
     assert {len(values) for values in result.history.values()} == {steps}
     assert logged[-1][1]["tau"] == result.history["tau"][-1]
-    assert result.history["learning_rate"][0] == SHORT.learning_rate
+    rms = sorted(p.square().mean().sqrt().item() for p in model.parameters() if p.ndim > 1)
+    assert result.history["learning_rate"][0] == result.settings["learning_rate"] == pytest.approx(rms[0] / 25)
+    assert result.settings["learning_rate_from"] == "weights"
     assert result.settings["forget_kind"] == "random subset"
     assert result.settings["row_kernel"] == "cpp"
     assert result.counts == {"forget": 60, "retain": 340, "held_out": 300}
@@ -135,7 +137,9 @@ def test_history_settings_and_log(memorised):
 
 
 def test_published_schedule():
-    plan = make_plan(PAPER, forget_batches=30, retain_batches=166, forget_count=7500, retain_count=42500)
+    plan = make_plan(
+        PAPER, forget_batches=30, retain_batches=166, forget_count=7500, retain_count=42500, learning_rate=1e-3
+    )
     epochs = int(166 / 60 * 6)
     assert plan.steps == epochs * 30
     assert plan.alpha(0) == pytest.approx(0.25)
