@@ -1,0 +1,110 @@
+"""The examples as a newcomer runs them, but on few rows. Those whose data is absent are skipped."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nabla_tau import AuditReport
+from nabla_tau.cli import main
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+GOEMOTIONS = Path(os.environ.get("NABLA_TAU_DATA", "")) / "goemotions"
+
+needs_goemotions = pytest.mark.skipif(
+    not any((GOEMOTIONS / name).is_file() for name in ("train.tsv", "train.tsv.xz")),
+    reason="no goemotions/train.tsv or train.tsv.xz in the folder that NABLA_TAU_DATA names",
+)
+has_plotnine = importlib.util.find_spec("plotnine") is not None
+needs_plotnine = pytest.mark.skipif(not has_plotnine, reason="plotnine, which carries the table, is not installed")
+
+
+def run(folder: Path, name: str, *options: str, data: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run an example in `folder`; `data` is what NABLA_TAU_DATA says, where it is not left as it is."""
+    environment = os.environ | ({} if data is None else {"NABLA_TAU_DATA": data})
+    command = [sys.executable, str(EXAMPLES / name), *options]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def audit_of(folder: Path, name: str, *options: str) -> AuditReport:
+    done = run(folder, name, "--quick", "--json", "figures.json", *options)
+    assert done.returncode == 0, done.stderr
+    report = AuditReport.load(folder / "figures.json")
+    assert report.table() in done.stdout
+    assert "<svg" in (folder / "report.html").read_text()
+    return report
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        pytest.param("goemotions.py", 1_500, marks=needs_goemotions),
+        pytest.param("tabular.py", 1_000, marks=needs_plotnine),
+    ],
+)
+def test_most_of_what_was_memorised_is_forgotten(tmp_path, name, rows):
+    report = audit_of(tmp_path, name, "--fraction", "0.2")
+    assert set(report.models) == {"original", "retrained", "unlearned", "paper"}
+    assert report.comparison["n_forget"] == rows // 5
+    assert report.comparison["n_retain"] == rows - rows // 5
+    original, unlearned = report.models["original"], report.models["unlearned"]
+    # Without memory there is nothing to show.
+    assert original.retain_loss < 0.7 * original.unseen_loss
+    assert original.gap["auc_loss"] > 0.06
+    assert abs(unlearned.gap["auc_loss"]) < 0.5 * original.gap["auc_loss"]
+    assert unlearned.test_accuracy > report.models["retrained"].test_accuracy - 0.05
+
+
+@needs_plotnine
+def test_the_recipe_asked_for_is_the_one_judged(tmp_path):
+    report = audit_of(tmp_path, "tabular.py", "--recipe", "paper")
+    assert set(report.models) == {"original", "retrained", "unlearned"}
+    assert report.record["recipe"] == "paper"
+
+
+def refused(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert not done.stdout
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("data", "text"), [("", "set NABLA_TAU_DATA"), ("nowhere", "no train.tsv or train.tsv.xz in nowhere")]
+)
+def test_absent_comments_are_said_where_to_come_from(tmp_path, data, text):
+    error = refused(run(tmp_path, "goemotions.py", "--quick", data=data))
+    assert text in error
+    assert "github.com/google-research/google-research/tree/master/goemotions" in error
+
+
+@pytest.mark.skipif(has_plotnine, reason="plotnine is installed, so nothing is absent")
+def test_absent_table_is_said_where_to_come_from(tmp_path):
+    assert "pip install --no-deps plotnine" in refused(run(tmp_path, "tabular.py", "--quick"))
+
+
+def test_wrong_file_name_is_refused_before_any_work(tmp_path):
+    assert "must end in .html, got report.txt" in refused(run(tmp_path, "tabular.py", "--out", "report.txt"))
+
+
+def test_own_task_on_the_command_line(tmp_path, monkeypatch):
+    done = run(tmp_path, "own_task.py")
+    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    task = ["--task", str(EXAMPLES / "own_task.py")]
+    assert main(["unlearn", *task, "--weights", "trained.safetensors", "--out", "unlearned.safetensors"]) == 0
+    models = ["--weights", "unlearned.safetensors", "--original", "trained.safetensors", "--retrain"]
+    assert main(["audit", *task, *models, "--out", "report.html"]) == 0
+    assert (tmp_path / "report.html").is_file()
+    audited = AuditReport.load(tmp_path / "report.json").models
+    original, retrained, unlearned = (audited[name] for name in ("original", "retrained", "unlearned"))
+    assert original.forget_accuracy > retrained.forget_accuracy + 0.05
+    gaps = [model.forget_accuracy - retrained.forget_accuracy for model in (original, unlearned)]
+    assert abs(gaps[1]) < 0.6 * gaps[0]
+    assert abs(unlearned.gap["auc_loss"]) < original.gap["auc_loss"]
+    assert unlearned.test_accuracy > retrained.test_accuracy - 0.05
