@@ -54,7 +54,8 @@ def rows(logits: Tensor, targets: Tensor, *, ignore_index: int = IGNORE_INDEX) -
     p = (z - lse.unsqueeze(1)).exp().scatter(1, y, 0.0)
     # Every term is non-negative, so a confident row keeps its relative precision.
     surprise = torch.where(p > 0, lse.unsqueeze(1) - z, 0.0)
-    entropy = torch.exp(-loss) * loss + (p * surprise).sum(1)
+    own = torch.where(loss.isinf(), 0.0, torch.exp(-loss) * loss)
+    entropy = own + (p * surprise).sum(1)
     correct = z.argmax(1) == targets
     return RowSignals(
         loss=torch.where(keep, loss, 0.0),

@@ -13,13 +13,14 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from nabla_tau.batch import Forward
 from nabla_tau.evaluation import SampleLoss, Signals, device_of, evaluate
-from nabla_tau.membership.assessment import SUBJECT, audit_signals
+from nabla_tau.membership.assessment import SUBJECT, audit_signals, check_counts, check_record
 from nabla_tau.membership.audit_report import AuditReport
 from nabla_tau.membership.measures import ModelAudit
+from nabla_tau.sources import as_source
 
 __all__ = ["AuditReport", "ModelAudit", "audit", "audit_signals"]
 
@@ -54,7 +55,7 @@ def audit(
         model: the model that should have forgotten; called "unlearned" in the report.
         forget, unseen, retain: tensors, Dataset or DataLoader. `unseen` are samples of the same kind that no model was
             trained on (nor tuned on: not the held-out set that unlearning used). `retain` is only measured. A
-            DataLoader that shuffles is read in the order of its dataset.
+            DataLoader that shuffles or drops the last batch is read whole, in the order of its dataset.
         retrained: model(s) trained without the forget set, as the original was; several are averaged, and their
             spread is shown.
         original: the model before unlearning. compare: further models by name, such as other methods.
@@ -83,6 +84,8 @@ def audit(
         if not isinstance(entry, nn.Module):
             raise TypeError(f"{name} must be a torch.nn.Module, got {type(entry).__name__}")
     data = {name: _in_order(of_set) for name, of_set in (("forget", forget), ("unseen", unseen), ("retain", retain))}
+    check_record(record)
+    check_counts(*(as_source(data[name], name).count for name in ("forget", "unseen")))
     signals: dict[str, dict[str, Signals]] = {}
     for name, entry in models.items():
         with _on_device(entry, device):
@@ -108,11 +111,24 @@ def audit(
 
 
 def _in_order(data: Any) -> Any:
-    """A loader that reads in the order of its dataset, for one that shuffles: samples are paired over models."""
-    if not isinstance(data, DataLoader) or not isinstance(data.sampler, RandomSampler):
+    """A loader that reads all of its dataset in its order, for one that shuffles or drops the last batch.
+
+    Samples are paired over models, and none may be left out. A sampler of the caller's own is kept, as it may choose.
+    """
+    if not isinstance(data, DataLoader) or isinstance(data.dataset, IterableDataset) or data.batch_size is None:
+        return data
+    if isinstance(data.sampler, RandomSampler):
+        sampler = None
+    elif data.drop_last:
+        sampler = data.sampler
+    else:
         return data
     return DataLoader(
-        data.dataset, batch_size=data.batch_size, num_workers=data.num_workers, collate_fn=data.collate_fn
+        data.dataset,
+        batch_size=data.batch_size,
+        sampler=sampler,
+        num_workers=data.num_workers,
+        collate_fn=data.collate_fn,
     )
 
 

@@ -18,23 +18,34 @@ Forward: TypeAlias = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 
 
-def map_tensors(function: Callable[..., Any], batch: Batch, *others: Batch) -> Batch:
-    """Apply `function` to each tensor of `batch` (and the tensors at the same place in `others`); the structure stays.
+def _is_structure(value: Any) -> bool:
+    """Whether a value is to be looked into: a mapping, or a tuple or list in which there are tensors."""
+    if isinstance(value, (tuple, list)):
+        return any(isinstance(entry, Tensor) or _is_structure(entry) for entry in value)
+    return isinstance(value, Mapping)
 
-    Leaves that are no tensors are passed through from `batch`. Raises ValueError where the structures differ.
+
+def map_leaves(function: Callable[..., Any], batch: Batch, *others: Batch) -> Batch:
+    """Apply `function` to each leaf of `batch` (and what is at the same place in `others`); the structure stays.
+
+    A leaf is a tensor or anything without tensors in it, such as a list of strings. Raises ValueError where the
+    structures differ.
     """
-    if isinstance(batch, Tensor):
-        return function(batch, *others)
     if isinstance(batch, Mapping):
         if any(not isinstance(other, Mapping) or other.keys() != batch.keys() for other in others):
             raise ValueError("batches differ in their keys")
-        return {key: map_tensors(function, value, *(other[key] for other in others)) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
+        return {key: map_leaves(function, value, *(other[key] for other in others)) for key, value in batch.items()}
+    if _is_structure(batch):
         if any(not isinstance(other, (tuple, list)) or len(other) != len(batch) for other in others):
             raise ValueError("batches differ in their number of entries")
-        mapped = [map_tensors(function, *column) for column in zip(*[batch, *others], strict=True)]
+        mapped = [map_leaves(function, *column) for column in zip(*[batch, *others], strict=True)]
         return type(batch)(*mapped) if hasattr(batch, "_fields") else type(batch)(mapped)
-    return batch
+    return function(batch, *others)
+
+
+def map_tensors(function: Callable[[Tensor], Any], batch: Batch) -> Batch:
+    """Apply `function` to each tensor of `batch`; everything else is passed through."""
+    return map_leaves(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, batch)
 
 
 def tensors_of(batch: Batch) -> list[Tensor]:
@@ -94,19 +105,28 @@ def default_forward(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 def concatenate(forget: Batch, retain: Batch) -> Batch | None:
     """One batch with the forget samples first, or None where the two cannot be one batch.
 
-    They can where both have the same structure, every tensor has one line a sample, and shapes agree beyond it.
+    They can where both have the same structure, every tensor and list has one entry a sample, shapes agree beyond it,
+    and what remains (None, a number, a string) is the same in both.
     """
     tensors = tensors_of(forget), tensors_of(retain)
-    for own in tensors:
-        if not own or any(t.ndim == 0 or t.shape[0] != own[0].shape[0] for t in own):
-            return None
-    if len(tensors[0]) != len(tensors[1]):
+    if any(not own or any(t.ndim == 0 or len(t) != len(own[0]) for t in own) for own in tensors):
         return None
-    for a, b in zip(*tensors, strict=True):
-        if a.shape[1:] != b.shape[1:] or a.dtype != b.dtype:
-            return None
+    counts = len(tensors[0][0]), len(tensors[1][0])
+
+    def join(a: Any, b: Any) -> Any:
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            if a.shape[1:] == b.shape[1:] and a.dtype == b.dtype:
+                return torch.cat((a, b))
+        elif type(a) is type(b):
+            if isinstance(a, (tuple, list)) and not _is_structure(b):
+                if (len(a), len(b)) == counts:
+                    return a + b
+            elif a is b or (isinstance(a, (bool, int, float, str)) and a == b):
+                return a
+        raise ValueError("batches differ in an entry")
+
     try:
-        return map_tensors(lambda a, b: torch.cat((a, b)), forget, retain)
+        return map_leaves(join, forget, retain)
     except ValueError:
         return None
 

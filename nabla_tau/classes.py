@@ -14,19 +14,20 @@ from typing import Literal, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import chi2_contingency
+from scipy.stats import chi2_contingency, hypergeom
 from torch import Tensor, nn
 
 from nabla_tau.batch import Forward
-from nabla_tau.evaluation import SampleLoss, forward_batches
-from nabla_tau.functional import sample_losses
+from nabla_tau.evaluation import SampleLoss, counted_losses, forward_batches
+from nabla_tau.functional import has_loss
 from nabla_tau.objective import Target, target_from_losses
 from nabla_tau.sources import Source
 
 ForgetKind: TypeAlias = Literal["random subset", "class-skewed subset", "whole classes"]
 
 WHOLE_CLASS = 0.95  # a class counts as removed when the forget set holds at least this share of its training samples
-SKEW_P_VALUE = 1e-3  # a random subset is called skewed once in a thousand
+CHANCE = 1e-3  # probability under a random choice below which it is not called random
+SMALLEST_EXPECTED = 5  # of the chi-square test; rarer classes are counted together
 
 
 def _counts(labels: ArrayLike, classes: int) -> NDArray[np.int64]:
@@ -36,12 +37,19 @@ def _counts(labels: ArrayLike, classes: int) -> NDArray[np.int64]:
 def removed_classes(
     forget_targets: ArrayLike, retain_targets: ArrayLike, threshold: float = WHOLE_CLASS
 ) -> tuple[int, ...]:
-    """Classes of which the forget set holds at least `threshold` of all training samples. Labels [N], non-negative."""
+    """Classes of which the forget set holds at least `threshold` of all training samples, and would not by chance.
+
+    Labels [N], non-negative. A class of few samples may lie in a random forget set as a whole: it counts only where
+    that has a probability below 0.001 over all classes (hypergeometric, Bonferroni).
+    """
     forget, retain = np.asarray(forget_targets), np.asarray(retain_targets)
     classes = int(max(forget.max(initial=-1), retain.max(initial=-1))) + 1
     in_forget, in_retain = _counts(forget, classes), _counts(retain, classes)
-    share = in_forget / np.maximum(in_forget + in_retain, 1)
-    return tuple(int(label) for label in np.flatnonzero((share >= threshold) & (in_forget > 0)))
+    in_all = in_forget + in_retain
+    share = in_forget / np.maximum(in_all, 1)
+    by_chance = hypergeom.sf(in_forget - 1, len(forget) + len(retain), in_all, len(forget))
+    removed = (share >= threshold) & (in_forget > 0) & (by_chance * classes < CHANCE)
+    return tuple(int(label) for label in np.flatnonzero(removed))
 
 
 @dataclass(frozen=True)
@@ -54,11 +62,13 @@ class ForgetKindReport:
     forget_share: NDArray[np.float64] | None = None
 
 
-def forget_kind(forget_targets: Tensor, retain_targets: Tensor) -> ForgetKindReport:
+def forget_kind(forget_targets: Tensor | None, retain_targets: Tensor | None) -> ForgetKindReport:
     """Recognise the kind of a forget set from the labels; targets that are no class labels [N] make a random subset.
 
     Skewed means that a chi-square test rejects equal class proportions in forget and retain set at p < 0.001.
     """
+    if forget_targets is None or retain_targets is None:
+        return ForgetKindReport("random subset")
     both = forget_targets, retain_targets
     if any(t.ndim != 1 or t.is_floating_point() or t.dtype == torch.bool or bool((t < 0).any()) for t in both):
         return ForgetKindReport("random subset")
@@ -67,11 +77,18 @@ def forget_kind(forget_targets: Tensor, retain_targets: Tensor) -> ForgetKindRep
     table = np.stack([_counts(forget, classes), _counts(retain, classes)])
     removed = removed_classes(forget, retain)
     share = table[0] / table[0].sum()
-    present = table[:, table.sum(0) > 0]
-    if removed and len(removed) < present.shape[1]:
+    if removed and len(removed) < np.count_nonzero(table.sum(0)):
         return ForgetKindReport("whole classes", removed, share)
-    skewed = present.shape[1] > 1 and chi2_contingency(present).pvalue < SKEW_P_VALUE
-    return ForgetKindReport("class-skewed subset" if skewed else "random subset", (), share)
+    return ForgetKindReport("class-skewed subset" if _is_skewed(table) else "random subset", (), share)
+
+
+def _is_skewed(table: NDArray[np.int64]) -> bool:
+    """Whether the class counts [2, classes] of forget and retain set differ by more than chance."""
+    expected = table.sum(0) * table[0].sum() / table.sum()
+    rare = expected < SMALLEST_EXPECTED
+    pooled = np.column_stack([table[:, ~rare], table[:, rare].sum(1)])
+    pooled = pooled[:, pooled.sum(0) > 0]
+    return bool(pooled.shape[1] > 1 and chi2_contingency(pooled).pvalue < CHANCE)
 
 
 def measure_target(
@@ -83,7 +100,7 @@ def measure_target(
     forward: Forward | None = None,
     loss: SampleLoss | None = None,
     samples: int | None = None,
-    seed: int | None = None,
+    seed: int = 0,
     absent_limit: float = math.inf,
 ) -> Target:
     """Target of the forget losses for this kind of forget set, from one forward pass over the held-out data.
@@ -92,37 +109,41 @@ def measure_target(
     set) / (its share in the held-out set). Whole classes: -log p(removed label) on held-out samples of other classes,
     in the share that those classes have in the forget set, and the skewed rule for the rest; that loss is cut off at
     `absent_limit`, since the ascent raises it along with the forget losses. samples: for a random subset look only at
-    about so many held-out samples, drawn by `seed`.
+    about so many held-out samples, drawn by `seed`. Raises ValueError where the held-out data has no sample of the
+    classes that the target is about.
     """
-    sample_loss = loss or sample_losses
+    plain = kind.kind == "random subset" or kind.forget_share is None
+    few = plain and samples is not None
+    batches = held_out.sample(samples or 0, batch_size, seed) if few else held_out.read(batch_size)
+    removed = torch.tensor(kind.removed, dtype=torch.long)
     losses, labels, absent = [], [], []
-    removed = torch.tensor(kind.removed)
-    enough = samples if samples is not None and kind.kind == "random subset" else math.inf
-    for logits, targets in forward_batches(model, held_out, batch_size, forward, seed):
-        losses.append(sample_loss(logits, targets))
-        labels.append(targets)
-        if kind.removed:
-            # Each sample is asked about one of the removed labels, in turn.
-            asked = removed[torch.arange(len(targets)) % len(removed)].to(targets)
-            absent.append(sample_loss(logits, asked).clamp(max=absent_limit))
-        if sum(map(len, losses)) >= enough:
-            break
+    for logits, targets in forward_batches(model, batches, forward):
+        losses.append(counted_losses(loss, logits, targets))
+        if not plain:
+            counted = has_loss(targets)
+            labels.append(targets[counted])
+            absent.append(-logits[counted].float().log_softmax(1)[:, removed.to(logits.device)])
     every = torch.cat(losses)
-    if kind.kind == "random subset" or kind.forget_share is None:
+    if kind.forget_share is None or plain:
         return target_from_losses(every)
-    label = torch.cat(labels)
-    forget_share = torch.as_tensor(kind.forget_share, device=every.device, dtype=every.dtype)
-    unknown = int(label.max()) + 1 - len(forget_share)
-    forget_share = torch.nn.functional.pad(forget_share, (0, max(unknown, 0)))
-    share = torch.bincount(label, minlength=len(forget_share)).to(every) / len(label)
-    weights = (forget_share / share.clamp(min=1e-12))[label]
-    if not kind.removed:
-        return target_from_losses(every, weights)
+    label = torch.cat(labels).long()
+    wanted = torch.as_tensor(kind.forget_share, device=every.device, dtype=every.dtype)
+    wanted = torch.nn.functional.pad(wanted, (0, max(int(label.max()) + 1 - len(wanted), 0)))
+    share = torch.bincount(label, minlength=len(wanted)).to(every) / len(label)
+    weights = (wanted / share.clamp(min=1e-12))[label]
     is_removed = torch.isin(label, removed.to(label))
-    if bool(is_removed.all()):
-        raise ValueError(f"held-out data holds only the removed classes {kind.removed}; tau needs others too")
-    weights = torch.where(is_removed, 0.0, weights)
-    kept_share = 1 - forget_share[removed.to(every.device)].sum()
-    weights = weights / weights.sum().clamp(min=1e-12) * kept_share
-    absent_weights = (~is_removed).to(every) / (~is_removed).sum().clamp(min=1) * (1 - kept_share)
-    return target_from_losses(torch.cat((every, *absent)), torch.cat((weights, absent_weights)))
+    kept = torch.where(is_removed, 0.0, weights)
+    kept_share = 1 - wanted[removed.to(every.device)].sum()
+    if bool(is_removed.all()) or (kind.kind == "class-skewed subset" and bool(kept.sum() == 0)):
+        present, asked = sorted(set(label.tolist())), np.flatnonzero(kind.forget_share).tolist()
+        raise ValueError(
+            f"held-out data holds only classes {present[:10]}, which say nothing of forget samples of classes "
+            f"{asked[:10]}: give held-out data like all of the training data"
+        )
+    if not kind.removed:
+        return target_from_losses(every, kept)
+    kept = kept / kept.sum().clamp(min=1e-12) * kept_share
+    surprise = torch.cat(absent).to(every).clamp(max=absent_limit)[~is_removed]
+    each = wanted[removed.to(every.device)] / len(surprise)
+    all_losses = torch.cat((every, surprise.flatten()))
+    return target_from_losses(all_losses, torch.cat((kept, each.expand(len(surprise), -1).flatten())))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import platform
 import sys
@@ -29,13 +30,32 @@ def write_json(content: Any, path: Path) -> None:
     write_atomic(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
+def check_outputs(outputs: list[Path | None], inputs: list[Path | None]) -> None:
+    """Raise before any work is done where an output exists, is an input, or is named twice."""
+    taken = {path.resolve() for path in inputs if path is not None}
+    for path in outputs:
+        if path is None:
+            continue
+        if path.resolve() in taken:
+            raise ValueError(f"{path} is already used in this command, as an input or another output")
+        taken.add(path.resolve())
+        check_new(path)
+
+
+def check_json(path: Path | None) -> None:
+    if path is not None and path.suffix != ".json":
+        raise ValueError(f"--json writes a .json file, got {path}")
+
+
 def demo(args: Namespace) -> None:
+    """Writes over what an earlier demo left, and only over that."""
+    check_json(args.json)
     report = run_demo(fraction=args.fraction, classes=args.classes, seed=args.seed, progress=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     _give_report(report, args.out / "report.html", args.json)
 
 
 def _give_report(report: AuditReport, html: Path, json_file: Path | None) -> None:
-    html.parent.mkdir(parents=True, exist_ok=True)
     report.save(html)
     report.save(html.with_suffix(".json"))
     if json_file is not None:
@@ -45,8 +65,9 @@ def _give_report(report: AuditReport, html: Path, json_file: Path | None) -> Non
 
 
 def run_unlearn(args: Namespace) -> None:
+    check_json(args.json)
     check_new_weights(args.out)
-    check_new(_record_path(args.out))
+    check_outputs([args.out, _record_path(args.out), args.json], [args.weights, args.checkpoint, Path(args.task)])
     task = load_task(args.task)
     model = task.model()
     load_weights(model, args.weights)
@@ -67,7 +88,7 @@ def run_unlearn(args: Namespace) -> None:
                 progress=True,
             )
     except NonFiniteLossError as error:
-        rescue = args.out.with_suffix(".last-good.safetensors")
+        rescue = _free_name(args.out.with_suffix(".last-good.safetensors"))
         save_weights(error.result.model, rescue)
         print(f"last good weights: {rescue}", file=sys.stderr)
         raise
@@ -77,6 +98,12 @@ def run_unlearn(args: Namespace) -> None:
     if args.json is not None:
         write_json(record, args.json)
     _print_result(result, args.out)
+
+
+def _free_name(path: Path) -> Path:
+    """The path, or the first of path-2, path-3, ... that does not exist: a rescue must not fail on an earlier one."""
+    numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], numbered) if not name.exists())
 
 
 def _record_path(weights: Path) -> Path:
@@ -93,18 +120,24 @@ def _record(args: Namespace, result: UnlearnResult) -> dict[str, Any]:
 
 
 def _print_result(result: UnlearnResult, out: Path) -> None:
-    history, settings = result.history, result.settings
+    settings = result.settings
     print(f"recipe {result.recipe}: {settings['steps']} steps in {result.seconds:.1f} s, {settings['forwards']}")
     classes = f" {list(result.removed_classes)}" if result.removed_classes else ""
     print(f"forget set: {result.counts['forget']} samples, {settings['forget_kind']}{classes}")
-    first, last = history["forget_loss"][0], history["forget_loss"][-1]
-    print(f"mean forget loss {first:.3f} -> {last:.3f}, tau {settings['tau_last']:.3f}")
+    for name, key in (("forget loss", "forget_loss"), ("held-out loss", "tau")):
+        print(f"mean {name:<13} {settings[key + '_before']:8.4f} -> {settings[key + '_after']:8.4f}")
     for message in result.warnings:
         print(f"warning: {message}")
     print(f"weights: {out}\nrecord:  {_record_path(out)}")
 
 
 def run_audit(args: Namespace) -> None:
+    check_json(args.json)
+    if args.out.suffix != ".html":
+        raise ValueError(f"--out writes a .html file (and a .json beside it), got {args.out}")
+    weights = [args.weights, args.original, *args.retrained]
+    check_outputs([args.out, args.out.with_suffix(".json"), args.json], [*weights, args.record, Path(args.task)])
+    record = None if args.record is None else json.loads(args.record.read_text())
     task = load_task(args.task)
     sets = task.require("forget", "unseen") | {"retain": task.data.get("retain")}
 
@@ -123,9 +156,10 @@ def run_audit(args: Namespace) -> None:
         retrained=retrained or None,
         forward=task.forward,
         loss=task.loss,
-        record=None if args.record is None else json.loads(args.record.read_text()),
+        record=record,
         progress=True,
     )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     _give_report(report, args.out, args.json)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nabla_tau.batch import Forward, default_forward, to_device
-from nabla_tau.functional import Task, infer_task, sample_losses, sample_signals
-from nabla_tau.sources import Source, as_source
+from nabla_tau.batch import Batch, Forward, default_forward, to_device
+from nabla_tau.functional import Task, has_loss, infer_task, sample_losses, sample_signals
+from nabla_tau.sources import as_source
 
 SampleLoss = Callable[[Tensor, Tensor], Tensor]
 
@@ -77,29 +77,37 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def forward_batches(
-    model: nn.Module, source: Source, batch_size: int, forward: Forward | None = None, seed: int | None = None
+    model: nn.Module, batches: Iterable[Batch], forward: Forward | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits and targets batch by batch (in a seeded order if a seed is given), in eval mode and without gradient."""
+    """Logits and targets batch by batch, in eval mode and without gradient."""
     device = device_of(model)
-    for batch in source.read(batch_size, seed):
+    for batch in batches:
         # Not around the loop: between two batches the caller's own modes hold.
         with evaluation_mode(model), torch.no_grad():
             output = (forward or default_forward)(model, to_device(batch, device))
         yield output
 
 
-def held_out_losses(
-    model: nn.Module,
-    source: Source,
-    *,
-    batch_size: int,
-    forward: Forward | None = None,
-    loss: SampleLoss | None = None,
-) -> Tensor:
-    """Loss of every sample of a source, [N] on the model's device, in eval mode and without gradient."""
-    sample_loss = loss or sample_losses
-    batches = forward_batches(model, source, batch_size, forward)
-    return torch.cat([sample_loss(logits, targets) for logits, targets in batches])
+def checked_losses(loss: SampleLoss | None, logits: Tensor, targets: Tensor) -> Tensor:
+    """Per-sample losses [B], by the caller's function where there is one; ValueError for any other shape."""
+    losses = (loss or sample_losses)(logits, targets)
+    if losses.ndim != 1:
+        raise ValueError(f"the loss function must give one loss a sample, [B], got shape {tuple(losses.shape)}")
+    return losses
+
+
+def counted_losses(loss: SampleLoss | None, logits: Tensor, targets: Tensor) -> Tensor:
+    """`checked_losses` of the samples that count (`functional.has_loss`)."""
+    losses = checked_losses(loss, logits, targets)
+    return losses[has_loss(targets)] if loss is None else losses
+
+
+def mean_loss(
+    model: nn.Module, batches: Iterable[Batch], *, forward: Forward | None = None, loss: SampleLoss | None = None
+) -> float:
+    """Mean loss of the samples of some batches, in eval mode and without gradient."""
+    outputs = forward_batches(model, batches, forward)
+    return float(torch.cat([counted_losses(loss, logits, targets) for logits, targets in outputs]).double().mean())
 
 
 def evaluate(
@@ -118,9 +126,9 @@ def evaluate(
     """
     parts: list[tuple[Tensor, ...]] = []
     task: Task | None = None
-    for logits, targets in forward_batches(model, as_source(data, "data"), batch_size, forward):
+    for logits, targets in forward_batches(model, as_source(data, "data").read(batch_size), forward):
         if loss is not None:
-            parts.append((loss(logits, targets),))
+            parts.append((checked_losses(loss, logits, targets),))
             continue
         task = infer_task(logits, targets)
         signals = sample_signals(logits, targets)

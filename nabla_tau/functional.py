@@ -39,10 +39,18 @@ def _rows_cpp(logits: Tensor, targets: Tensor, ignore_index: int) -> RowSignals:
     return RowSignals(*(torch.from_numpy(array) for array in out))
 
 
+def _rows(logits: Tensor, targets: Tensor, ignore_index: int) -> RowSignals:
+    if row_provider(logits) == "cpp":
+        return _rows_cpp(logits, targets, ignore_index)
+    return reference.rows(logits, targets, ignore_index=ignore_index)
+
+
 class _RowLoss(torch.autograd.Function):
+    """Loss of each row; the backward is the row-weighted gradient, from the saved normalisers."""
+
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-        signals = _rows_cpp(logits, targets, ignore_index)
+        signals = _rows(logits, targets, ignore_index)
         ctx.save_for_backward(logits, targets, signals.lse, signals.margin)
         ctx.ignore_index = ignore_index
         return signals.loss
@@ -51,6 +59,9 @@ class _RowLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, weights: Tensor) -> tuple[Tensor, None, None]:
         logits, targets, lse, margin = ctx.saved_tensors  # type: ignore[attr-defined]
+        ignore_index: int = ctx.ignore_index  # type: ignore[attr-defined]
+        if row_provider(logits) != "cpp":
+            return reference.rows_grad(logits, targets, weights, ignore_index=ignore_index), None, None
         grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
         _C.rows_backward(
             _as_numpy(logits),
@@ -58,7 +69,7 @@ class _RowLoss(torch.autograd.Function):
             lse.numpy(),
             margin.numpy(),
             _as_numpy(weights),
-            ctx.ignore_index,  # type: ignore[attr-defined]
+            ignore_index,
             torch.get_num_threads(),
             _as_numpy(grad),
         )
@@ -85,6 +96,7 @@ def check_rows(logits: Tensor, targets: Tensor, ignore_index: int) -> None:
 
 def check_labels(targets: Tensor, classes: int, ignore_index: int = IGNORE_INDEX) -> None:
     """Raise ValueError for a label outside [0, classes) that is not `ignore_index`; makes the host wait on a GPU."""
+    targets = targets.long()
     wrong = ((targets < 0) | (targets >= classes)) & (targets != ignore_index)
     if bool(wrong.any()):
         row = int(wrong.flatten().nonzero()[0])
@@ -94,6 +106,17 @@ def check_labels(targets: Tensor, classes: int, ignore_index: int = IGNORE_INDEX
         )
 
 
+def check_multilabel(targets: Tensor) -> None:
+    """Raise ValueError for multi-label targets outside [0, 1]; makes the host wait on a GPU."""
+    if targets.is_floating_point() and targets.numel():
+        low, high = (float(end) for end in targets.aminmax())
+        if not (low >= 0 and high <= 1):
+            raise ValueError(
+                f"floating targets of the logits' shape are multi-label and must lie in [0, 1], got {low:g} to "
+                f"{high:g}; for another task pass loss=, a function (logits, targets) -> per-sample losses"
+            )
+
+
 def row_losses(logits: Tensor, targets: Tensor, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
     """Cross-entropy of each row, [N]; differentiable once in the logits.
 
@@ -101,20 +124,15 @@ def row_losses(logits: Tensor, targets: Tensor, *, ignore_index: int = IGNORE_IN
     for float64 logits) and 0 where the target is `ignore_index`. Raises TypeError and ValueError (`check_rows`).
     """
     check_rows(logits, targets, ignore_index)
-    targets = targets.long()
-    if row_provider(logits) == "cpp":
-        loss: Tensor = _RowLoss.apply(logits, targets, ignore_index)  # type: ignore[no-untyped-call]
-        return loss
-    return reference.rows(logits, targets, ignore_index=ignore_index).loss
+    loss: Tensor = _RowLoss.apply(logits, targets.long(), ignore_index)  # type: ignore[no-untyped-call]
+    return loss
 
 
 def row_signals(logits: Tensor, targets: Tensor, *, ignore_index: int = IGNORE_INDEX) -> RowSignals:
     """Loss, logsumexp, entropy, margin and correctness of each row (`RowSignals`), without gradient."""
     check_rows(logits, targets, ignore_index)
     with torch.no_grad():
-        if row_provider(logits) == "cpp":
-            return _rows_cpp(logits, targets.long(), ignore_index)
-        return reference.rows(logits, targets.long(), ignore_index=ignore_index)
+        return _rows(logits, targets.long(), ignore_index)
 
 
 def infer_task(logits: Tensor, targets: Tensor) -> Task:
@@ -143,6 +161,15 @@ def _mean_over_tokens(values: Tensor, kept: Tensor) -> Tensor:
     return (values * kept).sum(1) / kept.sum(1).clamp(min=1)
 
 
+def has_loss(targets: Tensor, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """Which samples count, [B] bool: not those of which every target is `ignore_index`; their loss is 0 by convention
+    and says nothing."""
+    if targets.is_floating_point() or targets.dtype == torch.bool or targets.ndim > 2:
+        return torch.ones(targets.shape[:1], dtype=torch.bool, device=targets.device)
+    kept = targets.long() != ignore_index
+    return kept if kept.ndim == 1 else kept.any(1)
+
+
 def sample_losses(logits: Tensor, targets: Tensor, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
     """Loss of each sample, [B]: what is forgotten or kept is a sample, whatever it is made of.
 
@@ -155,7 +182,10 @@ def sample_losses(logits: Tensor, targets: Tensor, *, ignore_index: int = IGNORE
     if task == "classification":
         return row_losses(logits, targets, ignore_index=ignore_index)
     if task == "multilabel":
+        if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_multilabel(targets)
         return reference.multilabel_rows(logits, targets).loss
+    targets = targets.long()  # before comparing: as uint8, 156 equals -100
     rows = row_losses(logits.flatten(0, 1), targets.flatten(), ignore_index=ignore_index)
     return _mean_over_tokens(rows.view(targets.shape), targets != ignore_index)
 
@@ -169,6 +199,7 @@ def sample_signals(logits: Tensor, targets: Tensor, *, ignore_index: int = IGNOR
     if task == "multilabel":
         with torch.no_grad():
             return reference.multilabel_rows(logits, targets)
+    targets = targets.long()
     rows = row_signals(logits.flatten(0, 1), targets.flatten(), ignore_index=ignore_index)
     kept = targets != ignore_index
     loss, lse, entropy, margin = (_mean_over_tokens(value.view(targets.shape), kept) for value in rows[:4])

@@ -17,25 +17,28 @@ from torch import Tensor, nn
 
 from nabla_tau.batch import Batch, Forward, tensors_of
 from nabla_tau.checkpoint import load_checkpoint, save_checkpoint
-from nabla_tau.classes import ForgetKindReport, forget_kind, measure_target
-from nabla_tau.evaluation import SampleLoss, device_of, evaluation_mode, forward_batches
-from nabla_tau.functional import check_labels, infer_task, row_provider
+from nabla_tau.classes import measure_target
+from nabla_tau.evaluation import SampleLoss, device_of, evaluation_mode, mean_loss
+from nabla_tau.functional import row_provider
 from nabla_tau.history import History, Log, diagnose
+from nabla_tau.preparation import Prepared, prepare
 from nabla_tau.progress import progress_bar
 from nabla_tau.recipes import RECIPES, Plan, Recipe, forget_batch_size, learning_rate_from_weights, make_plan
-from nabla_tau.sources import Source, Stream, as_source, count_shared, derive_seed, split_held_out
+from nabla_tau.sources import Stream, derive_seed
 from nabla_tau.unlearner import Unlearner, trainable_parameters
 
 logger = logging.getLogger("nabla_tau")
 
 FLUSH_EVERY = 50  # steps between two reads of the device, at most
+LOOK_AT = 500  # forget samples that their mean loss before and after is taken over
 FORGET, RETAIN, HELD_OUT, SHRINK, GLOBAL = range(5)  # what a derived seed is for
 
 
 @dataclass(frozen=True)
 class UnlearnResult:
     """What `unlearn` did. model: the unlearned model (a copy unless inplace). settings: every value that was resolved.
-    history: one list a column (`nabla_tau.history.COLUMNS`), one entry a step. warnings: what to look at."""
+    history: one list a column (`nabla_tau.history.COLUMNS`), one entry a step. warnings: what to look at. fingerprints:
+    SHA-256 of the model before and of each data set (`fingerprint.py`)."""
 
     model: nn.Module
     recipe: str
@@ -45,11 +48,21 @@ class UnlearnResult:
     seconds: float
     counts: dict[str, int]
     removed_classes: tuple[int, ...]
+    fingerprints: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the model, as JSON takes it: the `record` that `audit` puts into its report."""
+        """Everything but the model, as JSON takes it (nan and infinity as None): the `record` of `audit`."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "model"}
-        return fields | {"removed_classes": list(self.removed_classes)}
+        strict: dict[str, Any] = _strict(fields)
+        return strict
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _strict(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class NonFiniteLossError(RuntimeError):
@@ -103,66 +116,54 @@ def unlearn(
         if recipe not in RECIPES:
             raise ValueError(f"recipe must be one of {', '.join(RECIPES)} or a Recipe, got {recipe!r}")
         recipe = RECIPES[recipe]
-    found: list[str] = []
-    forget_source, retain_source = as_source(forget, "forget"), as_source(retain, "retain")
-    if held_out is None:
-        raise ValueError(
-            "held_out is None: tau is the loss of data the model was never trained on, so it cannot be estimated "
-            "without. If the model was never trained on retain, pass held_out=0.2 and retain_is_unseen=True"
-        )
-    if isinstance(held_out, float):
-        if not retain_is_unseen:
-            raise ValueError(
-                f"held_out={held_out} takes a share of retain, which gives a tau only if the model was never trained "
-                "on retain: say so with retain_is_unseen=True, or give held-out data"
-            )
-        retain_source, held_out_source = split_held_out(retain_source, held_out, seed)
-    else:
-        held_out_source = as_source(held_out, "held_out")
-    shared = count_shared(forget, retain)
-    if shared:
-        found.append(f"{shared} of {forget_source.count} forget samples are in the retain set too, which teaches them")
-    if checkpoint is not None and Path(checkpoint).exists() and not resume:
-        raise ValueError(f"checkpoint {checkpoint} exists: pass resume=True to go on from it, or remove it")
-
-    kind = forget_kind(forget_source.targets(), retain_source.targets())
-    if loss is None:
-        _check_labels(model, (forget_source, retain_source, held_out_source), forward)
-    if recipe.match_classes is False:
-        if kind.kind != "random subset":
-            found.append(f"the forget set is {kind.kind}, but recipe {recipe.name!r} takes tau from all held-out data")
-        kind = dataclasses.replace(kind, kind="random subset")
-    if not inplace:
-        model = copy.deepcopy(model)
-    sources = {"forget": forget_source, "retain": retain_source, "held_out": held_out_source}
-    run = _Run(model, sources, recipe, kind, forward, loss, seed, found)
-    with evaluation_mode(model), torch.random.fork_rng(devices=_cuda_devices(device_of(model))):
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every must be at least 1 step, got {checkpoint_every}")
+    path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and path.exists() and not resume:
+        raise ValueError(f"checkpoint {path} exists: pass resume=True to go on from it, or remove it")
+    with torch.enable_grad(), torch.random.fork_rng(devices=_cuda_devices(device_of(model))):
         torch.manual_seed(derive_seed(seed, GLOBAL))
-        path = None if checkpoint is None else Path(checkpoint)
-        return run.execute(path, checkpoint_every, History(log), progress)
-
-
-def _check_labels(model: nn.Module, sources: tuple[Source, ...], forward: Forward | None) -> None:
-    """Look at every label once, before anything is changed: in a step on a GPU nobody does."""
-    logits, targets = next(forward_batches(model, sources[0], 2, forward))
-    if infer_task(logits, targets) == "classification":
-        for source in sources:
-            check_labels(source.targets(), logits.shape[1])
+        data = prepare(
+            model,
+            forget=forget,
+            retain=retain,
+            held_out=held_out,
+            forward=forward,
+            loss=loss,
+            retain_is_unseen=retain_is_unseen,
+            seed=seed,
+        )
+        if not inplace:
+            model = copy.deepcopy(model)
+        with evaluation_mode(model):
+            run = _Run(model, data, recipe, forward, loss, seed, History(log))
+            result = run.execute(path, checkpoint_every, progress)
+    for message in result.warnings:
+        warnings.warn(message, stacklevel=2)
+    return result
 
 
 def _cuda_devices(device: torch.device) -> list[int]:
     return [device.index or 0] if device.type == "cuda" else []
 
 
-def shrink_and_perturb(parameters: list[nn.Parameter], shrink: float, noise: float, seed: int) -> None:
-    """w <- shrink * w + noise * std(w) * N(0, 1) for every tensor of two or more dimensions (Ash and Adams 2020,
-    arXiv 1910.08475): makes room for another solution without leaving the old one. Same numbers on every device."""
+def shrink_and_perturb(model: nn.Module, shrink: float, noise: float, seed: int) -> None:
+    """w <- shrink * w + noise * std(w) * N(0, 1) for every trainable tensor of two or more dimensions (Ash and Adams
+    2020, arXiv 1910.08475): makes room for another solution without leaving the old one. Same numbers on every device;
+    the padding rows of embeddings stay as they are, since no gradient would ever move them back."""
     generator = torch.Generator().manual_seed(seed)
+    padding = [
+        (module.weight[module.padding_idx], module.weight[module.padding_idx].detach().clone())
+        for module in model.modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None
+    ]
     with torch.no_grad():
-        for parameter in parameters:
+        for parameter in trainable_parameters(model):
             if parameter.ndim > 1 and parameter.numel() > 1:
                 draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
                 parameter.copy_(shrink * parameter + noise * parameter.std() * draw)
+        for row, before in padding:
+            row.copy_(before)
 
 
 class _Run:
@@ -171,26 +172,33 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
-        sources: dict[str, Source],
+        data: Prepared,
         recipe: Recipe,
-        kind: ForgetKindReport,
         forward: Forward | None,
         loss: SampleLoss | None,
         seed: int,
-        found: list[str],
+        history: History,
     ) -> None:
-        self.model, self.sources, self.recipe, self.kind = model, sources, recipe, kind
-        self.forward, self.loss, self.seed, self.warnings = forward, loss, seed, found
-        forget, retain = sources["forget"], sources["retain"]
-        size, forget_size = recipe.batch_size, forget_batch_size(recipe, forget.count, retain.count)
-        trainable = trainable_parameters(model)
-        learning_rate = recipe.learning_rate or learning_rate_from_weights(trainable)
+        self.model, self.data, self.recipe = model, data, recipe
+        self.forward, self.loss, self.seed, self.history = forward, loss, seed, history
+        self.warnings = list(data.warnings)
+        self.target_kind = data.kind
+        if not recipe.match_classes:
+            self.target_kind = dataclasses.replace(data.kind, kind="random subset")
+            if data.kind.kind != "random subset":
+                text = (
+                    f"the forget set is {data.kind.kind}, but recipe {recipe.name!r} takes tau from all held-out data"
+                )
+                self.warnings.append(text)
+        counts, size = data.counts, recipe.batch_size
+        forget_size = forget_batch_size(recipe, counts["forget"], counts["retain"])
+        learning_rate = recipe.learning_rate or learning_rate_from_weights(trainable_parameters(model))
         self.plan: Plan = make_plan(
             recipe,
-            forget_batches=forget.batches_per_pass(forget_size),
-            retain_batches=retain.batches_per_pass(size),
-            forget_count=forget.count,
-            retain_count=retain.count,
+            forget_batches=data.forget.batches_per_pass(forget_size),
+            retain_batches=data.retain.batches_per_pass(size),
+            forget_count=counts["forget"],
+            retain_count=counts["retain"],
             learning_rate=learning_rate,
         )
         self.unlearner = Unlearner(
@@ -204,46 +212,53 @@ class _Run:
             forward=forward,
             loss=loss,
         )
-        self.forget_stream = Stream(forget, forget_size, seed, FORGET)
-        self.retain_stream = Stream(retain, size, seed, RETAIN)
+        self.forget_stream = Stream(data.forget, forget_size, seed, FORGET)
+        self.retain_stream = Stream(data.retain, size, seed, RETAIN)
         self.step = 0
         self.seconds = 0.0
-        self.tau_history: list[float] = []
+        self.measured: dict[str, float] = {}
 
-    def execute(
-        self, path: Path | None, checkpoint_every: int | None, history: History, progress: bool
-    ) -> UnlearnResult:
-        self.history = history
+    def execute(self, path: Path | None, checkpoint_every: int | None, progress: bool) -> UnlearnResult:
         started = time.perf_counter()
+        good = self._snapshot()
         if path is not None and path.exists():
             self.load_state_dict(load_checkpoint(path, self.unlearner.device), path)
+            good = self._snapshot()
             started -= self.seconds
             logger.info("resumed from %s at step %d of %d", path, self.step, self.plan.steps)
-        elif self.recipe.shrink != 1 or self.recipe.noise != 0:
-            seed = derive_seed(self.seed, SHRINK)
-            shrink_and_perturb(self.unlearner.parameters, self.recipe.shrink, self.recipe.noise, seed)
+        else:
+            self._begin()
         every = checkpoint_every or self.plan.tau_every
-        good = self._snapshot()
         with progress_bar(f"unlearning ({self.recipe.name})", self.plan.steps, enabled=progress) as update:
             while self.step < self.plan.steps:
                 self._one_step()
-                at_measure = self.step % self.plan.tau_every == 0
-                at_checkpoint = path is not None and (self.step % every == 0 or self.step == self.plan.steps)
-                if at_measure or at_checkpoint or self.step % FLUSH_EVERY == 0 or self.step == self.plan.steps:
+                done = self.step == self.plan.steps
+                at_checkpoint = path is not None and (self.step % every == 0 or done)
+                if at_checkpoint or done or self.step % self.plan.tau_every == 0 or self.step % FLUSH_EVERY == 0:
                     self._flush(good, started)
                     good = self._snapshot()
-                    note = f"forget loss {history.last('forget_loss'):.3f}, tau {history.last('tau'):.3f}"
+                    note = f"forget loss {self.history.last('forget_loss'):.3f}, tau {self.history.last('tau'):.3f}"
                     update(self.step, note)
                 if at_checkpoint and path is not None:
                     self.seconds = time.perf_counter() - started
                     save_checkpoint(path, self.state_dict())
-        self._measure_tau()
-        if not math.isfinite(self.tau_history[-1]):
-            self.warnings.append(f"the mean held-out loss after the last step is {self.tau_history[-1]}")
-        self.warnings += diagnose(history, self.recipe.gate)
-        for message in self.warnings:
-            warnings.warn(message, stacklevel=3)
+        self.unlearner.optimizer.zero_grad(set_to_none=True)
+        self.measured |= {"tau_after": float(self._measure_tau()), "forget_loss_after": self._forget_loss()}
+        self.warnings += diagnose(self.history, self.measured, self.recipe)
+        logger.info("unlearned in %d steps: %s", self.step, self.measured)
         return self._result(time.perf_counter() - started)
+
+    def _begin(self) -> None:
+        """Measure the model as it was given, which refuses held-out data that will not do, and only then change it."""
+        self.measured = {"tau_before": float(self._measure_tau()), "forget_loss_before": self._forget_loss()}
+        logger.info("before unlearning: %s", self.measured)
+        if self.recipe.shrink != 1 or self.recipe.noise != 0:
+            seed = derive_seed(self.seed, SHRINK)
+            shrink_and_perturb(self.model, self.recipe.shrink, self.recipe.noise, seed)
+
+    def _forget_loss(self) -> float:
+        batches = self.data.forget.sample(LOOK_AT, 250, derive_seed(self.seed, FORGET))
+        return mean_loss(self.model, batches, forward=self.forward, loss=self.loss)
 
     def _one_step(self) -> None:
         plan, step = self.plan, self.step
@@ -267,26 +282,30 @@ class _Run:
         )
         self.step += 1
 
-    def _measure_tau(self) -> None:
+    def _measure_tau(self) -> Tensor:
+        counts = self.data.counts
         target = measure_target(
             self.model,
-            self.sources["held_out"],
-            self.kind,
+            self.data.held_out,
+            self.target_kind,
             batch_size=250,
             forward=self.forward,
             loss=self.loss,
             samples=self.recipe.tau_samples,
             seed=derive_seed(self.seed, HELD_OUT, self.step),
             # A probability below 1/n^2 is nothing that n samples can teach.
-            absent_limit=2 * math.log(self.sources["forget"].count + self.sources["retain"].count),
+            absent_limit=2 * math.log(counts["forget"] + counts["retain"]),
         )
         self.unlearner.set_tau(target)
-        self.tau_history.append(float(target.mean))
+        return target.mean
 
-    def _snapshot(self) -> dict[str, Tensor]:
-        return {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+    def _snapshot(self) -> dict[str, Any]:
+        return {
+            name: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+            for name, value in self.model.state_dict().items()
+        }
 
-    def _flush(self, good: dict[str, Tensor], started: float) -> None:
+    def _flush(self, good: dict[str, Any], started: float) -> None:
         """Read the recorded steps; where a loss or a weight is no longer finite, go back to `good` and stop."""
         broken = self.history.flush()
         if broken is None:
@@ -306,32 +325,30 @@ class _Run:
         raise NonFiniteLossError(message, broken, self._result(time.perf_counter() - started))
 
     def _result(self, seconds: float) -> UnlearnResult:
-        settings: dict[str, Any] = {
-            field.name: getattr(self.recipe, field.name) for field in dataclasses.fields(Recipe)
-        }
-        parameter = self.unlearner.parameters[0]
+        data, plan, unlearner = self.data, self.plan, self.unlearner
+        settings = dataclasses.asdict(self.recipe)
+        parameter = unlearner.parameters[0]
         settings |= {
-            "steps": self.plan.steps,
-            "learning_rate": self.plan.learning_rate0,
+            "steps": plan.steps,
+            "learning_rate": plan.learning_rate0,
             "learning_rate_from": "weights" if self.recipe.learning_rate is None else "recipe",
-            "alpha_start": self.plan.alpha0,
-            "forget_kind": self.kind.kind,
-            "forget_batch_size": self.forget_stream.batch_size,
-            "forget_batches_per_pass": self.sources["forget"].batches_per_pass(self.forget_stream.batch_size),
-            "retain_batches_per_pass": self.sources["retain"].batches_per_pass(self.recipe.batch_size),
-            "tau_every_steps": self.plan.tau_every,
-            "tau_first": self.tau_history[0] if self.tau_history else None,
-            "tau_last": self.tau_history[-1] if self.tau_history else None,
+            "alpha_start": plan.alpha0,
+            "task": data.task or "loss function of the caller",
+            "forget_kind": data.kind.kind,
+            "forget_samples_per_step": -(-data.counts["forget"] // self.forget_batches),
+            "forget_batches_per_pass": self.forget_batches,
+            "retain_batches_per_pass": data.retain.batches_per_pass(self.recipe.batch_size),
+            "tau_every_steps": plan.tau_every,
             "gate_open_fraction": _mean(self.history.columns["gate_open"]),
-            "forwards": self.unlearner.forwards,
-            "optimizer": type(self.unlearner.optimizer).__name__,
-            "trainable_parameters": sum(p.numel() for p in self.unlearner.parameters),
-            "row_kernel": row_provider(parameter),
+            "forwards": unlearner.forwards,
+            "optimizer": type(unlearner.optimizer).__name__,
+            "trainable_parameters": sum(p.numel() for p in unlearner.parameters),
+            "row_kernel": row_provider(parameter) if data.task in ("classification", "sequence") else "reference",
             "device": str(parameter.device),
             "dtype": str(parameter.dtype),
             "threads": torch.get_num_threads(),
             "seed": self.seed,
-        }
+        } | self.measured
         return UnlearnResult(
             model=self.model,
             recipe=self.recipe.name,
@@ -339,42 +356,45 @@ class _Run:
             history=self.history.state_dict(),
             warnings=list(self.warnings),
             seconds=seconds,
-            counts={name: source.count for name, source in self.sources.items()},
-            removed_classes=self.kind.removed,
+            counts=data.counts,
+            removed_classes=data.kind.removed,
+            fingerprints=data.fingerprints,
         )
+
+    @property
+    def forget_batches(self) -> int:
+        return self.data.forget.batches_per_pass(self.forget_stream.batch_size)
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to belong to this run."""
-        counts = {name: source.count for name, source in self.sources.items()}
-        return {"recipe": repr(self.recipe), "seed": self.seed, "steps": self.plan.steps, "counts": counts}
+        return {"recipe": repr(self.recipe), "seed": self.seed, "steps": self.plan.steps} | self.data.fingerprints
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "identity": self._identity(),
             "step": self.step,
             "seconds": self.seconds,
+            "measured": self.measured,
             "model": self.model.state_dict(),
             "unlearner": self.unlearner.state_dict(),
             "forget_stream": self.forget_stream.state_dict(),
             "retain_stream": self.retain_stream.state_dict(),
             "history": self.history.state_dict(),
-            "tau_history": self.tau_history,
             "rng": torch.get_rng_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
         mine, theirs = self._identity(), state["identity"]
-        different = [
-            f"{key}: {theirs.get(key)} there, {mine[key]} here" for key in mine if theirs.get(key) != mine[key]
-        ]
+        different = [key for key in mine if theirs.get(key) != mine[key]]
         if different:
-            raise ValueError(f"checkpoint {path} is of another run ({'; '.join(different)})")
+            said = "; ".join(f"{key}: {theirs.get(key)} there, {mine[key]} here" for key in different)
+            raise ValueError(f"checkpoint {path} is of another run ({said})")
         self.model.load_state_dict(state["model"])
         self.unlearner.load_state_dict(state["unlearner"])
         self.forget_stream.load_state_dict(state["forget_stream"])
         self.retain_stream.load_state_dict(state["retain_stream"])
         self.history.load_state_dict(state["history"])
-        self.tau_history = list(state["tau_history"])
+        self.measured = dict(state["measured"])
         self.step, self.seconds = state["step"], state["seconds"]
         torch.set_rng_state(state["rng"].cpu())
 

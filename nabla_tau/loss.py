@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nabla_tau.functional import sample_losses
+from nabla_tau.functional import has_loss, sample_losses
 from nabla_tau.kernels.reference import IGNORE_INDEX
-from nabla_tau.objective import GATES, Gate, Target, objective, target_from_losses
+from nabla_tau.objective import GATES, QUANTILES, Gate, Target, objective, target_from_losses
 
 
 def check_gate(gate: str, power: int) -> None:
@@ -21,11 +21,14 @@ def check_gate(gate: str, power: int) -> None:
 def as_target(tau: float | Tensor | Target, gate: str, *, like: Tensor) -> Target:
     """Target of the gate from what a caller may give as tau; raises for what the gate cannot use."""
     if isinstance(tau, Target):
-        target = tau
+        quantiles = None if tau.quantiles is None else tau.quantiles.to(like)
+        target = Target(tau.mean.to(like), quantiles)
     else:
-        tensor = torch.as_tensor(tau, dtype=like.dtype, device=like.device)
+        tensor = torch.as_tensor(tau, dtype=like.dtype, device=like.device).detach()
         if tensor.ndim > 1:
             raise ValueError(f"tau must be a number or the 1-D held-out losses, got shape {tuple(tensor.shape)}")
+        if tensor.device.type == "cpu" and not bool(tensor.isfinite().all()):
+            raise ValueError(f"tau must be finite, got {tau}")
         target = target_from_losses(tensor) if tensor.ndim == 1 else Target(tensor, None)
     if gate == "quantile" and target.quantiles is None:
         raise ValueError('gate="quantile" needs tau as a 1-D tensor of held-out losses, got a single number')
@@ -37,7 +40,7 @@ def nabla_tau_loss(
     targets: Tensor,
     forget_mask: Tensor,
     *,
-    tau: float | Tensor,
+    tau: float | Tensor | Target,
     alpha: float | Tensor,
     gate: Gate = "batch",
     power: int = 2,
@@ -68,11 +71,12 @@ def nabla_tau_loss(
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
     losses = sample_losses(logits, targets, ignore_index=ignore_index)
     target = as_target(tau, gate, like=losses)
-    return objective(losses, forget_mask, target, alpha, gate=gate, power=power).total
+    counts = has_loss(targets, ignore_index=ignore_index)
+    return objective(losses, forget_mask, target, alpha, gate=gate, power=power, counts=counts).total
 
 
 class NablaTauLoss(nn.Module):
-    """`nabla_tau_loss` as a module: tau and alpha are buffers, set by the loop and kept in the state dict.
+    """`nabla_tau_loss` as a module: tau (and the held-out quantiles) and alpha are buffers, set by the loop.
 
     criterion = NablaTauLoss(tau=2.3, alpha=.25); loss = criterion(logits, targets, forget_mask)
 
@@ -80,6 +84,7 @@ class NablaTauLoss(nn.Module):
     """
 
     tau: Tensor
+    quantiles: Tensor
     alpha: Tensor
 
     def __init__(
@@ -96,27 +101,30 @@ class NablaTauLoss(nn.Module):
         self.gate: Gate = gate
         self.power = power
         self.ignore_index = ignore_index
-        self.register_buffer("tau", torch.empty(()))
-        self.register_buffer("alpha", torch.empty(()))
+        # float64, so that a float64 model loses nothing; the losses' own dtype decides in the end.
+        self.register_buffer("tau", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("quantiles", torch.zeros(QUANTILES, dtype=torch.float64))
+        self.register_buffer("alpha", torch.zeros((), dtype=torch.float64))
         self.set_tau(tau)
         self.set_alpha(alpha)
 
     def set_tau(self, tau: float | Tensor) -> None:
-        value = torch.as_tensor(tau, device=self.tau.device)
-        as_target(value, self.gate, like=value)
-        self.tau = value.detach().clone()
+        target = as_target(tau, self.gate, like=self.tau)
+        self.tau.copy_(target.mean)
+        if target.quantiles is not None:
+            self.quantiles.copy_(target.quantiles)
 
     def set_alpha(self, alpha: float) -> None:
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-        self.alpha = torch.as_tensor(float(alpha), device=self.alpha.device)
+        self.alpha.fill_(alpha)
 
     def forward(self, logits: Tensor, targets: Tensor, forget_mask: Tensor) -> Tensor:
         return nabla_tau_loss(
             logits,
             targets,
             forget_mask,
-            tau=self.tau,
+            tau=Target(self.tau, self.quantiles),
             alpha=self.alpha,
             gate=self.gate,
             power=self.power,

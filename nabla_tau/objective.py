@@ -87,8 +87,10 @@ def objective(
     gate: Gate = "batch",
     power: int = 2,
     forget_weight: Tensor | float = 1.0,
+    counts: Tensor | None = None,
 ) -> Terms:
-    """The objective of a mixed batch. losses [B], forget_mask [B] bool (True: forget), target as above.
+    """The objective of a mixed batch. losses [B], forget_mask [B] bool (True: forget), target as above; counts [B]
+    bool leaves out the samples that are False (`functional.has_loss`).
 
     gate="batch"      relu(tau - mean_f)^p, the paper's
     gate="two_sided"  |tau - mean_f|^p, what the authors' text notebook computes: it also pulls down a loss above tau
@@ -100,8 +102,11 @@ def objective(
     of forget samples still below their target for the others. Without forget samples the forget term is 0.
     `forget_weight` multiplies the forget term and `gate_open`: 0 holds the ascent (`mean_rank`).
     """
+    retain_mask = ~forget_mask
+    if counts is not None:
+        forget_mask, retain_mask = forget_mask & counts, retain_mask & counts
     forget_mean = _masked_mean(losses, forget_mask)
-    retain_mean = _masked_mean(losses, ~forget_mask)
+    retain_mean = _masked_mean(losses, retain_mask)
     some_forget = forget_mask.any()
     if gate in ("batch", "two_sided"):
         gap = torch.where(some_forget, target.mean - forget_mean, 0.0)
@@ -119,7 +124,7 @@ def objective(
         gate_open = _masked_mean((gaps > 0).to(losses), forget_mask)
     forget_term = forget_weight * forget_term
     total = alpha * forget_term + (1 - alpha) * retain_mean
-    return Terms(total, forget_term, forget_mean, retain_mean, forget_weight * gate_open.to(losses))
+    return Terms(total.to(losses), forget_term, forget_mean, retain_mean, forget_weight * gate_open.to(losses))
 
 
 def mean_rank(losses: Tensor, forget_mask: Tensor, quantiles: Tensor) -> Tensor:

@@ -1,32 +1,54 @@
 """Where batches come from: tensors, Datasets and DataLoaders behind one interface, in an order that can be resumed.
 
-The order of every pass is a function of (seed, role, pass number) alone, so a run that was cut off finds its place
-again without having stored a permutation.
+The order of every pass, and what random transforms and samplers draw in it, is a function of (seed, role, pass number)
+alone, so a run that was cut off finds its place again without having stored a permutation. For that, transforms and
+samplers must draw from torch's CPU generator, `random`, NumPy's global state or a torch.Generator that the DataLoader
+or its sampler was given: `nabla_tau.seeding` lends these their state for each batch and puts the caller's back. A
+random state that a data set keeps to itself, or that persistent workers carry from pass to pass, cannot be resumed.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
-from nabla_tau.batch import LABEL_KEYS, Batch, map_tensors, split_targets, tensors_of
+from nabla_tau.batch import Batch, tensors_of
+from nabla_tau.columns import are_columns, columns_of, rows_of
+from nabla_tau.labels import batch_labels, drawn_indices, fetch, read_labels, stored_labels
+from nabla_tau.overlap import count_shared as count_shared
+from nabla_tau.seeding import RandomState
 
 
 class Source(Protocol):
-    """A finite set of samples that can be read batch by batch, in a seeded order or (seed None) as it stands."""
+    """A finite set of samples that can be read batch by batch.
+
+    count: the samples that one pass gives. read: a pass in a seeded order, or (seed None) as the data stands, without
+    its first `skip` batches. sample: batches of about `count` samples drawn by `seed`, and of all of them where there
+    are no more, or where a sampler of the caller's decides what a pass gives. targets: the labels of a pass, [N], or
+    None where the targets are not one number a sample. None of them moves a random state of the caller's.
+    """
 
     count: int
 
     def batches_per_pass(self, batch_size: int) -> int: ...
     def read(self, batch_size: int, seed: int | None = None, skip: int = 0) -> Iterator[Batch]: ...
-    def targets(self) -> Tensor: ...
+    def sample(self, count: int, batch_size: int, seed: int) -> Iterator[Batch]: ...
+    def targets(self) -> Tensor | None: ...
 
 
 def derive_seed(*parts: int) -> int:
@@ -40,27 +62,36 @@ def _permutation(count: int, seed: int | None) -> Tensor:
 
 
 class TensorSource:
-    """Tensors with one line a sample: batches are gathered on the device that holds them."""
+    """Tensors with one line a sample: batches are gathered on the device that holds them.
+
+    Lists and arrays with one entry a sample go along (numbers as a tensor, anything else as a list). None, numbers
+    and strings stand for all samples. Raises TypeError for any other entry, naming it.
+    """
 
     def __init__(self, tensors: Batch, name: str) -> None:
         lengths = {len(tensor) if tensor.ndim else 0 for tensor in tensors_of(tensors)}
         if len(lengths) != 1:
             shapes = [tuple(tensor.shape) for tensor in tensors_of(tensors)]
             raise ValueError(f"{name}: tensors must have the same number of samples, got shapes {shapes}")
-        self.tensors = tensors
         self.count = lengths.pop()
+        self.tensors = columns_of(tensors, self.count, name)
 
     def batches_per_pass(self, batch_size: int) -> int:
         return math.ceil(self.count / batch_size)
 
     def read(self, batch_size: int, seed: int | None = None, skip: int = 0) -> Iterator[Batch]:
-        order = _permutation(self.count, seed).to(tensors_of(self.tensors)[0].device)
-        for start in range(skip * batch_size, self.count, batch_size):
-            index = order[start : start + batch_size]
-            yield map_tensors(lambda tensor, index=index: tensor[index.to(tensor.device)], self.tensors)
+        return self._batches(_permutation(self.count, seed), batch_size, skip)
 
-    def targets(self) -> Tensor:
-        return split_targets(self.tensors)[2]
+    def sample(self, count: int, batch_size: int, seed: int) -> Iterator[Batch]:
+        return self._batches(_permutation(self.count, seed)[:count], batch_size)
+
+    def _batches(self, order: Tensor, batch_size: int, skip: int = 0) -> Iterator[Batch]:
+        order = order.to(tensors_of(self.tensors)[0].device)
+        return (rows_of(self.tensors, index) for index in torch.split(order, batch_size)[skip:])
+
+    def targets(self) -> Tensor | None:
+        labels = batch_labels(self.tensors)
+        return labels if labels is not None and len(labels) == self.count else None
 
 
 class DatasetSource:
@@ -74,61 +105,100 @@ class DatasetSource:
         return math.ceil(self.count / batch_size)
 
     def read(self, batch_size: int, seed: int | None = None, skip: int = 0) -> Iterator[Batch]:
-        order = torch.split(_permutation(self.count, seed), batch_size)[skip:]
-        return iter(DataLoader(self.dataset, batch_sampler=[index.tolist() for index in order]))
+        return self._batches(_permutation(self.count, seed), batch_size, seed, skip)
 
-    def targets(self) -> Tensor:
-        found = dataset_targets(self.dataset)
-        return _read_targets(self.read(256)) if found is None else found
+    def sample(self, count: int, batch_size: int, seed: int) -> Iterator[Batch]:
+        return self._batches(_permutation(self.count, seed)[:count], batch_size, seed)
+
+    def _batches(self, order: Tensor, batch_size: int, seed: int | None, skip: int = 0) -> Iterator[Batch]:
+        state = RandomState(seed)
+        for position, index in enumerate(torch.split(order, batch_size)[skip:], skip):
+            with state:
+                if seed is not None:  # anew for each batch, so that skipped ones need not be read
+                    state.seed(derive_seed(seed, position))
+                batch = fetch(self.dataset, index.tolist(), default_collate)
+            yield batch
+
+    @cached_property
+    def _labels(self) -> Tensor | None:
+        stored = stored_labels(self.dataset, range(self.count), default_collate)
+        return read_labels(self.read(256), self.count) if stored is None else stored
+
+    def targets(self) -> Tensor | None:
+        return self._labels
 
 
 class LoaderSource:
-    """The caller's own DataLoader: its batch size, sampler, workers and collation are kept."""
+    """The caller's own DataLoader: its batch size, sampler, workers and collation are kept.
+
+    A collate_fn is taken to give one sample for each index.
+    """
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         self.loader = loader
-        self.count = len(loader.dataset)  # type: ignore[arg-type]
+        self._generators = _generators(loader)
+        if loader.batch_sampler is None:  # batch_size=None: the data set gives batches, and only they know their size
+            sizes = [_batch_length(batch) for batch in self.read(0)]
+        else:
+            with RandomState(None, self._generators):
+                sizes = [len(indices) for indices in loader.batch_sampler]
+        self.count, self._batch_count = sum(sizes), len(sizes)
+        drawn = drawn_indices(loader)
+        if drawn is not None and len(drawn) > self.count:  # drop_last: such samples as a pass gives
+            in_order = isinstance(getattr(loader.batch_sampler, "sampler", None), SequentialSampler)
+            order = _permutation(len(drawn), None if in_order else 0)
+            drawn = [drawn[i] for i in order[: self.count].tolist()]
+        self._indices = drawn
 
     def batches_per_pass(self, batch_size: int) -> int:
-        return len(self.loader)
+        return self._batch_count
 
     def read(self, batch_size: int, seed: int | None = None, skip: int = 0) -> Iterator[Batch]:
-        if seed is None:
-            yield from self.loader
-            return
-        # A sampler draws its order when the first batch is asked for, from the loader's generator or from the global
-        # one. What comes later (random transforms) goes on with the global state, which a checkpoint holds: so the
-        # batches that a resumed run skips are read in here, and no further one.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            if self.loader.generator is not None:
-                self.loader.generator.manual_seed(seed)
-            iterator = iter(self.loader)
-            opening = list(itertools.islice(iterator, max(skip, 1)))
-        yield from opening[skip:]
-        yield from iterator
+        # Skipped batches are read too: what a sampler or a transform drew for them is part of what comes next.
+        batches = RandomState(seed, self._generators).over(self.loader)
+        for position, batch in enumerate(batches):
+            if position >= skip:
+                yield batch
 
-    def targets(self) -> Tensor:
-        found = dataset_targets(self.loader.dataset)
-        return _read_targets(self.read(0)) if found is None else found
+    def sample(self, count: int, batch_size: int, seed: int) -> Iterator[Batch]:
+        if self._indices is None or count >= self.count:
+            return self.read(batch_size, seed)
+        loader, indices = self.loader, self._indices
+        chosen = [int(indices[i]) for i in _permutation(len(indices), seed)[:count].tolist()]
+        few: DataLoader[Any] = DataLoader(
+            Subset(loader.dataset, chosen),
+            batch_size=getattr(loader.batch_sampler, "batch_size", batch_size),
+            collate_fn=loader.collate_fn,
+            num_workers=loader.num_workers,
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context,
+            pin_memory=loader.pin_memory,
+            timeout=loader.timeout,
+        )
+        return RandomState(seed).over(few)
+
+    @cached_property
+    def _labels(self) -> Tensor | None:
+        stored = None
+        if self._indices is not None:
+            stored = stored_labels(self.loader.dataset, self._indices, self.loader.collate_fn)
+        return read_labels(self.read(0), self.count) if stored is None else stored
+
+    def targets(self) -> Tensor | None:
+        return self._labels
 
 
-def dataset_targets(dataset: Dataset[Any]) -> Tensor | None:
-    """All targets of a dataset without loading its samples, where it has them at hand; else None."""
-    if isinstance(dataset, Subset):
-        whole = dataset_targets(dataset.dataset)
-        return None if whole is None else whole[torch.as_tensor(list(dataset.indices), dtype=torch.long)]
-    if isinstance(dataset, TensorDataset):
-        return dataset.tensors[-1]
-    for name in ("targets", *LABEL_KEYS):
-        value = getattr(dataset, name, None)
-        if isinstance(value, (Tensor, np.ndarray, list)) and len(value) == len(dataset):  # type: ignore[arg-type]
-            return torch.as_tensor(value)
-    return None
+def _batch_length(batch: Batch) -> int:
+    labels = batch_labels(batch)
+    tensors = tensors_of(batch) if labels is None else [labels]
+    return len(tensors[0]) if tensors and tensors[0].ndim else 1
 
 
-def _read_targets(batches: Iterable[Batch]) -> Tensor:
-    return torch.cat([split_targets(batch)[2].cpu() for batch in batches])
+def _generators(loader: DataLoader[Any]) -> list[torch.Generator]:
+    """Every generator that a loader draws from, but for the global one."""
+    holders = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
+    found = {id(g): g for g in (getattr(holder, "generator", None) for holder in holders)}
+    return [g for g in found.values() if isinstance(g, torch.Generator) and g is not torch.default_generator]
 
 
 def as_source(data: Any, name: str) -> Source:
@@ -137,11 +207,12 @@ def as_source(data: Any, name: str) -> Source:
     Raises TypeError for anything else and ValueError for an empty set, naming it.
     """
     source: Source
+    data = tuple(data) if are_columns(data) else data
     if isinstance(data, DataLoader):
         if isinstance(data.dataset, IterableDataset):
             raise TypeError(f"{name}: a DataLoader over an IterableDataset has no length; give a map-style Dataset")
         source = LoaderSource(data)
-    elif isinstance(data, TensorDataset):
+    elif type(data) is TensorDataset:
         source = TensorSource(data.tensors, name)
     elif isinstance(data, (tuple, Mapping)) and tensors_of(data):
         source = TensorSource(data, name)
@@ -157,6 +228,8 @@ def as_source(data: Any, name: str) -> Source:
             f"or a DataLoader, got {type(data).__name__}"
         )
     if source.count == 0:
+        if isinstance(data, DataLoader) and len(data.dataset):  # type: ignore[arg-type]
+            raise ValueError(f"the {name} DataLoader gives no batch (drop_last with fewer samples than a batch?)")
         raise ValueError(f"the {name} set is empty")
     return source
 
@@ -170,10 +243,7 @@ def split_held_out(source: Source, share: float, seed: int) -> tuple[Source, Sou
     if not 0 < taken < source.count:
         raise ValueError(f"a held-out share of {share} of {source.count} samples leaves one of the two sets empty")
     if isinstance(source, TensorSource):
-        parts = [
-            map_tensors(lambda t, index=index: t[index.to(t.device)], source.tensors)
-            for index in (order[taken:], order[:taken])
-        ]
+        parts = [rows_of(source.tensors, index) for index in (order[taken:], order[:taken])]
         return TensorSource(parts[0], "retain"), TensorSource(parts[1], "held_out")
     if isinstance(source, DatasetSource):
         rest, part = (Subset(source.dataset, index.tolist()) for index in (order[taken:], order[:taken]))
@@ -213,32 +283,3 @@ class Stream:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self.passes, self.position, self._batches = state["passes"], state["position"], None
-
-
-def count_shared(forget: Any, retain: Any) -> int:
-    """How many forget samples also stand in the retain set, as far as that can be told.
-
-    Subsets of one dataset are compared by index; tensors (and TensorDatasets) by the bytes of the whole sample. For
-    anything else 0.
-    """
-    forget, retain = (data.dataset if isinstance(data, DataLoader) else data for data in (forget, retain))
-    if isinstance(forget, Subset) and isinstance(retain, Subset):
-        if forget.dataset is not retain.dataset:
-            return 0
-        return len(set(map(int, forget.indices)) & set(map(int, retain.indices)))
-    forget, retain = (data.tensors if isinstance(data, TensorDataset) else data for data in (forget, retain))
-    both = tensors_of(forget), tensors_of(retain)
-    if not both[0] or len(both[0]) != len(both[1]):
-        return 0
-    rows = [_sample_bytes(tensors) for tensors in both]
-    known = set(rows[1])
-    return sum(row in known for row in rows[0])
-
-
-def _sample_bytes(tensors: list[Tensor]) -> list[bytes]:
-    columns = [
-        t.detach().reshape(len(t), -1).cpu().contiguous().view(torch.uint8).numpy() if t.numel() else None
-        for t in tensors
-    ]
-    table = np.concatenate([column for column in columns if column is not None], axis=1)
-    return [row.tobytes() for row in table]

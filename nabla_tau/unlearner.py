@@ -17,8 +17,8 @@ from nabla_tau.batch import (
     to_device,
     uses_batch_statistics,
 )
-from nabla_tau.evaluation import SampleLoss, device_of, evaluation_mode
-from nabla_tau.functional import sample_losses
+from nabla_tau.evaluation import SampleLoss, checked_losses, device_of
+from nabla_tau.functional import has_loss
 from nabla_tau.kernels.reference import compute_dtype
 from nabla_tau.loss import as_target, check_gate
 from nabla_tau.objective import QUANTILES, Gate, Target, Terms, mean_rank, objective
@@ -90,9 +90,13 @@ class Unlearner:
         self.balance = balance
         self.hold = hold
         self.optimizer = optimizer or default_optimizer(self.parameters, learning_rate)
+        known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if not known & {id(p) for p in self.parameters}:
+            raise ValueError("the optimizer holds no trainable parameter of this model")
         self.forwards = "not chosen yet"
+        self._modes: list[bool] = []  # of the modules, when `forwards` was chosen
         self._forward = forward or default_forward
-        self._loss = loss or sample_losses
+        self._loss = loss
         dtype = compute_dtype(self.parameters[0])
         self._alpha = torch.zeros((), dtype=dtype, device=self.device)
         self._tau = torch.zeros((), dtype=dtype, device=self.device)
@@ -137,7 +141,9 @@ class Unlearner:
         if not self._has_tau:
             raise ValueError("tau is not set: pass tau= or call set_tau with the held-out losses before the first step")
         forget, retain = to_device(forget_batch, self.device), to_device(retain_batch, self.device)
-        if self.forwards == "not chosen yet":
+        modes = [module.training for module in self.model.modules()]
+        if modes != self._modes:
+            self._modes = modes
             self.forwards = self._choose_forwards(forget, retain)
         self.optimizer.zero_grad(set_to_none=True)
         if self.balance is None:
@@ -145,14 +151,14 @@ class Unlearner:
             terms.total.backward()  # type: ignore[no-untyped-call]
             metrics = self._metrics(terms, torch.ones_like(terms.total))
         else:
-            metrics = self._balanced_backward(forget, retain)
+            metrics = self._balanced_backward(forget, retain, self.balance)
         self.optimizer.step()
         return metrics
 
-    def _terms(self, losses: Tensor, forget_mask: Tensor) -> Terms:
+    def _terms(self, losses: Tensor, forget_mask: Tensor, counts: Tensor) -> Terms:
         quantiles = self._quantiles.to(losses) if self._has_quantiles else None
         target = Target(self._tau.to(losses), quantiles)
-        weight = self._still_below(losses, forget_mask, quantiles) if self.hold and quantiles is not None else 1.0
+        weight = self._still_below(losses, forget_mask & counts, quantiles) if self.hold else 1.0
         return objective(
             losses,
             forget_mask,
@@ -161,11 +167,13 @@ class Unlearner:
             gate=self.gate,
             power=self.power,
             forget_weight=weight,
+            counts=counts,
         )
 
-    def _still_below(self, losses: Tensor, forget_mask: Tensor, quantiles: Tensor) -> Tensor:
+    def _still_below(self, losses: Tensor, forget_mask: Tensor, quantiles: Tensor | None) -> Tensor:
         """1 while the running mean rank of the forget losses is below 0.5, else 0. The mean spans about HOLD_SAMPLES
         samples, whatever the batch size."""
+        assert quantiles is not None
         rank = mean_rank(losses, forget_mask, quantiles).to(self._rank)
         keep = (1 - forget_mask.sum() / HOLD_SAMPLES).clamp(min=0.5)
         running = torch.where(self._rank.isnan(), rank, keep * self._rank + (1 - keep) * rank)
@@ -177,38 +185,44 @@ class Unlearner:
         values = (terms.total, terms.forget_loss, terms.retain_loss, terms.gate_open, forget_scale)
         return StepMetrics(*(value.detach() for value in values))
 
-    def _sample_losses(self, batch: Batch) -> Tensor:
-        losses = self._loss(*self._forward(self.model, batch))
-        if losses.ndim != 1:
-            raise ValueError(f"the loss function must give one loss a sample, [B], got shape {tuple(losses.shape)}")
-        return losses
+    def _sample_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Losses [B] of a batch, and which of them count [B]."""
+        logits, targets = self._forward(self.model, batch)
+        losses = checked_losses(self._loss, logits, targets)
+        counts = has_loss(targets) if self._loss is None else torch.ones_like(losses, dtype=torch.bool)
+        return losses, counts
 
-    def _losses(self, forget: Batch, retain: Batch) -> tuple[Tensor, Tensor]:
-        """Losses of both groups, forget first, and the forget mask."""
+    def _losses(self, forget: Batch, retain: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses of both groups, forget first, the forget mask, and which of them count."""
         mixed = concatenate(forget, retain) if self.forwards == MIXED else None
         if mixed is not None:
-            losses, count = self._sample_losses(mixed), len(tensors_of(forget)[0])
+            losses, counts = self._sample_losses(mixed)
+            forget_count = len(tensors_of(forget)[0])
         else:
-            forget_losses = self._sample_losses(forget)
-            losses, count = torch.cat((forget_losses, self._sample_losses(retain))), len(forget_losses)
-        return losses, torch.arange(len(losses), device=losses.device) < count
+            parts = self._sample_losses(forget), self._sample_losses(retain)
+            losses, counts = (torch.cat(both) for both in zip(*parts, strict=True))
+            forget_count = len(parts[0][0])
+        return losses, torch.arange(len(losses), device=losses.device) < forget_count, counts
 
-    def _balanced_backward(self, forget: Batch, retain: Batch) -> StepMetrics:
-        """Gradients of the two parts apart, the forget part scaled down to `balance` times the retain part's norm."""
+    def _balanced_backward(self, forget: Batch, retain: Batch, cap: float) -> StepMetrics:
+        """Gradients of the two parts apart, the forget part scaled down to `cap` times the retain part's norm."""
         parts, gradients = [], []
         for batch, is_forget in ((forget, True), (retain, False)):
-            losses = self._sample_losses(batch)
-            terms = self._terms(losses, torch.full_like(losses, is_forget, dtype=torch.bool))
+            losses, counts = self._sample_losses(batch)
+            terms = self._terms(losses, torch.full_like(counts, is_forget), counts)
             gradients.append(self._gradient(terms.total))
             parts.append(terms)
         forget_part, retain_part = parts
-        forget_norm, retain_norm = (torch.stack(torch._foreach_norm(part)).norm() for part in gradients)
+        forget_norm, retain_norm = (_norm(part, like=forget_part.total) for part in gradients)
         tiny = torch.finfo(forget_norm.dtype).tiny
-        scale = (self.balance * retain_norm / forget_norm.clamp(min=tiny)).clamp(max=1.0)
-        torch._foreach_mul_(gradients[0], scale)
-        torch._foreach_add_(gradients[1], gradients[0])
-        for parameter, gradient in zip(self.parameters, gradients[1], strict=True):
-            parameter.grad = gradient
+        scale = (cap * retain_norm / forget_norm.clamp(min=tiny)).clamp(max=1.0)
+        for parameter, of_forget, of_retain in zip(self.parameters, *gradients, strict=True):
+            # A parameter that the loss does not reach keeps no gradient, so that weight decay leaves it alone.
+            if of_forget is None:
+                parameter.grad = of_retain
+            else:
+                scaled = of_forget * scale.to(of_forget)
+                parameter.grad = scaled if of_retain is None else of_retain.add_(scaled)
         terms = Terms(
             forget_part.total + retain_part.total,
             forget_part.forget_term,
@@ -218,15 +232,14 @@ class Unlearner:
         )
         return self._metrics(terms, scale)
 
-    def _gradient(self, value: Tensor) -> list[Tensor]:
+    def _gradient(self, value: Tensor) -> list[Tensor | None]:
         # Looking at a value is free on the CPU: the backward of a closed or held gate is left out there.
         if value.device.type == "cpu" and value.item() == 0:
-            return [torch.zeros_like(parameter) for parameter in self.parameters]
-        found = torch.autograd.grad(value, self.parameters, allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, self.parameters, strict=True)]
+            return [None] * len(self.parameters)
+        return list(torch.autograd.grad(value, self.parameters, allow_unused=True))
 
     def _choose_forwards(self, forget: Batch, retain: Batch) -> str:
-        """Whether one mixed forward is exact for this model and data, decided on the first batches."""
+        """Whether one mixed forward is exact for this model and data, decided on two batches."""
         if self.balance is not None:
             return "two forwards and backwards: balanced gradients are kept apart"
         if (name := uses_batch_statistics(self.model)) is not None:
@@ -234,15 +247,19 @@ class Unlearner:
         mixed = concatenate(forget, retain)
         if mixed is None:
             return "two forwards: forget and retain batch cannot be concatenated"
-        with evaluation_mode(self.model), torch.no_grad():
-            apart = torch.cat((self._sample_losses(forget), self._sample_losses(retain)))
-            together = self._sample_losses(mixed)
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            apart = torch.cat((self._sample_losses(forget)[0], self._sample_losses(retain)[0]))
+            together = self._sample_losses(mixed)[0]
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
         # Other batch sizes take other kernels, so rounding differs; influence between samples is far larger.
         tolerance = 1e-3 if self.parameters[0].dtype in (torch.float32, torch.float64) else 5e-2
         if together.shape != apart.shape or not torch.allclose(
             together, apart, rtol=tolerance, atol=tolerance, equal_nan=True
         ):
-            return "two forwards: samples of a batch influence each other's loss in this model"
+            return "two forwards: samples influence each other's loss in this model, or it draws random numbers"
         return MIXED
 
     def state_dict(self) -> dict[str, Any]:
@@ -255,7 +272,6 @@ class Unlearner:
             "rank": self._rank.clone(),
             "has_tau": self._has_tau,
             "has_quantiles": self._has_quantiles,
-            "forwards": self.forwards,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -265,7 +281,6 @@ class Unlearner:
         self._quantiles.copy_(state["quantiles"])
         self._rank.copy_(state["rank"])
         self._has_tau, self._has_quantiles = state["has_tau"], state["has_quantiles"]
-        self.forwards = state["forwards"]
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -274,6 +289,11 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     if not found:
         raise ValueError("the model has no trainable parameter (requires_grad is False everywhere)")
     return found
+
+
+def _norm(gradient: list[Tensor | None], *, like: Tensor) -> Tensor:
+    found = [part for part in gradient if part is not None]
+    return torch.stack(torch._foreach_norm(found)).norm().to(like) if found else torch.zeros_like(like)
 
 
 def default_optimizer(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:

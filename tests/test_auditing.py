@@ -146,6 +146,74 @@ def test_whole_classes_are_compared_with_unseen_samples_of_the_same_class():
     assert partial.models["unlearned"].unseen_removed_accuracy is None
 
 
+def class_removal(known, *, own, n=300, ease=-1.0):
+    """Signals around the removal of class 2, which the model names rightly in the share `known` of its samples."""
+    rng = np.random.default_rng([7, own])
+    targets = np.repeat([2, 0, 1, 3, 4], n)
+    unseen = signals(targets.size, 2, ease=np.where(targets == 2, ease, 1.0), targets=targets, own=own)
+    unseen = replace(unseen, correct=np.where(targets == 2, rng.random(targets.size) < known, unseen.correct))
+    forget = signals(2 * n, 1, ease=ease, targets=np.full(2 * n, 2), own=own)
+    forget = replace(forget, correct=rng.random(2 * n) < known)
+    return {
+        "forget": forget,
+        "unseen": unseen,
+        "retain": signals(2000, 3, ease=4, targets=np.arange(2000) % 2, own=own),
+    }
+
+
+@pytest.mark.parametrize(
+    ("known", "verdict", "words"),
+    [
+        (0.0, "forgotten", "no longer knows the removed classes"),
+        (0.4, "partly remembered", "still knows the removed classes"),
+        (0.9, "remembered", "still knows the removed classes"),
+    ],
+)
+def test_removed_classes_are_judged_by_whether_the_model_still_knows_them(known, verdict, words):
+    # The attacks find nothing, not even in the original: members and unseen samples of the class are alike to it.
+    models = {
+        "unlearned": class_removal(known, own=1),
+        "retrained": class_removal(0.0, own=2),
+        "original": class_removal(1.0, own=3),
+    }
+    report = audit_signals(models, retrained=["retrained"], original="original", bootstrap=300)
+    assert report.comparison["removed_classes"] == [2]
+    assert report.verdict == verdict
+    assert words in report.sentence
+    assert "retrained 0.0%, original 100.0%" in report.sentence
+    assert "AUC on loss" in report.sentence
+    low, high = report.models["unlearned"].gap_intervals["unseen_removed_accuracy"]
+    assert low <= known <= high or known == 0.9
+    # A model that never saw a class does not name it: so much is known without a retrained model.
+    alone = audit_signals({"unlearned": models["unlearned"], "original": models["original"]}, original="original")
+    assert alone.verdict == verdict
+
+
+def test_an_attack_accuses_a_model_that_no_longer_names_the_class():
+    models = {
+        "unlearned": class_removal(0.0, own=1),
+        "retrained": class_removal(0.0, own=2),
+        "original": class_removal(1.0, own=3),
+    }
+    models["unlearned"]["forget"] = replace(
+        signals(600, 1, ease=1, targets=np.full(600, 2)), correct=np.zeros(600, bool)
+    )
+    report = audit_signals(models, retrained=["retrained"], original="original", bootstrap=300)
+    assert report.verdict == "remembered"
+    assert "no longer knows" in report.sentence
+
+
+def test_few_samples_of_a_removed_class_leave_the_verdict_open():
+    models = {
+        "unlearned": class_removal(0.0, own=1, n=20),
+        "retrained": class_removal(0.0, own=2, n=20),
+        "original": class_removal(1.0, own=3, n=20),
+    }
+    report = audit_signals(models, retrained=["retrained"], original="original", bootstrap=300)
+    assert report.verdict == "inconclusive"
+    assert "so few samples" in report.sentence
+
+
 def test_forgotten_classes_without_unseen_samples_are_an_error():
     sets = {"forget": signals(50, 1, targets=np.full(50, 9)), "unseen": signals(200, 2)}
     with pytest.raises(ValueError, match=r"classes 9.*no sample"):
@@ -343,3 +411,23 @@ def test_audit_refuses_clashing_names_and_what_is_no_model():
             audit(Counting(0), **data, original=Counting(2), compare={name: Counting(1)})
     with pytest.raises(TypeError, match=r"helper must be a torch\.nn\.Module"):
         audit(Counting(0), **data, compare={"helper": lambda x: x})
+
+
+def test_a_loader_that_drops_its_last_batch_is_read_whole():
+    forget = DataLoader(TensorDataset(*dataset(60, 0)), batch_size=25, drop_last=True)
+    report = audit(Counting(0), forget=forget, unseen=dataset(90, 1), bootstrap=100)
+    assert report.comparison["n_forget"] == 60
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"forget": dataset(19, 0)}, ValueError, "at least 20 .* got 19 and 30"),
+        ({"record": [1, 2]}, TypeError, "record must be a mapping.*list"),
+    ],
+)
+def test_what_audit_can_refuse_it_refuses_before_a_model_is_run(options, error, message):
+    counting = Counting(0)
+    with pytest.raises(error, match=message):
+        audit(counting, **{"forget": dataset(30, 0), "unseen": dataset(30, 1)} | options)
+    assert counting.seen == 0

@@ -115,6 +115,16 @@ def test_outputs_are_never_overwritten(work, capsys):
     assert (work / "trained.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize("json_file", ["trained.json", "new.json", "trained.safetensors", "task.py"])
+def test_no_output_replaces_an_input_or_another_output(work, capsys, json_file):
+    (work / "trained.json").write_text("{}")
+    before = {path: path.read_bytes() for path in work.iterdir() if path.is_file()}
+    refused(capsys, unlearn("--json", json_file))
+    audit = ["audit", "--task", "task.py", "--weights", "trained.safetensors", "--record", "trained.json"]
+    refused(capsys, main([*audit, "--out", "trained.html"]))
+    assert {path: path.read_bytes() for path in work.iterdir() if path.is_file()} == before
+
+
 class Evil:
     def __reduce__(self):
         return os.system, ("touch ran",)
@@ -168,6 +178,8 @@ def test_non_finite_run_leaves_the_last_good_weights(work, capsys):
     good = load_file("new.last-good.safetensors")
     assert all(value.isfinite().all() for value in good.values())
     assert not (work / "new.safetensors").exists()
+    assert unlearn() == 3, "an earlier rescue must not hide what happens now"
+    assert (work / "new.last-good-2.safetensors").exists()
 
 
 def test_unknown_option_exits_with_2(work, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import logging
 import subprocess
 import sys
@@ -172,6 +173,15 @@ def test_gate_that_never_closes_is_warned_about(memorised):
     timid = dataclasses.replace(PAPER, learning_rate=1e-7)
     with pytest.warns(UserWarning, match="the gate never closed.*learning rate"):
         run(model, parts, recipe=timid)
+    timid = dataclasses.replace(DEFAULT, learning_rate=1e-7, shrink=1.0, noise=0.0)
+    with pytest.warns(UserWarning, match="the gate never closed.*learning rate"):
+        run(model, parts, recipe=timid)
+
+
+def test_held_out_data_that_was_trained_on_is_warned_about_by_the_default_too(memorised):
+    model, parts = memorised
+    with pytest.warns(UserWarning, match="hardly anything to forget.*held-out data was part of training"):
+        run(model, parts, held_out=parts["retain"], recipe="default")
 
 
 def test_nothing_is_printed_or_logged_above_info(memorised, capsys, caplog):
@@ -180,6 +190,76 @@ def test_nothing_is_printed_or_logged_above_info(memorised, capsys, caplog):
         run(model, parts, progress=True)
     assert capsys.readouterr() == ("", "")
     assert not caplog.records
+
+
+def test_a_refusal_late_in_the_preparation_leaves_an_inplace_model_as_it_was(memorised):
+    model, parts = memorised
+    mine = copy.deepcopy(model)
+    (x, y), (x_retain, y_retain) = parts["held_out"], parts["retain"]
+    whole_class = {"forget": (x_retain[y_retain == 1], y_retain[y_retain == 1])}
+    rest = {"retain": (x_retain[y_retain != 1], y_retain[y_retain != 1]), "held_out": (x[y == 1], y[y == 1])}
+    with pytest.raises(ValueError, match="holds only classes"):
+        run(mine, whole_class | rest, inplace=True)
+    assert torch.equal(weights(mine), weights(model))
+
+
+def test_non_finite_in_the_first_step_gives_back_the_model_as_it_came(memorised):
+    model, parts = memorised
+    calls = []
+
+    def forward(model, batch):
+        calls.append(torch.is_grad_enabled())
+        return model(batch[0]) * (float("nan") if any(calls) else 1.0), batch[1]
+
+    with pytest.raises(NonFiniteLossError, match="in step 0") as caught:
+        run(model, parts, forward=forward)
+    assert torch.equal(weights(caught.value.result.model), weights(model))
+
+
+class Bag(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bag = nn.EmbeddingBag(20, 8, padding_idx=0, mode="sum")
+        self.head = nn.Linear(8, 4)
+        self.unused = nn.Linear(8, 4)
+
+    def forward(self, tokens):
+        return self.head(self.bag(tokens))
+
+
+def test_padding_rows_stay_zero_and_parameters_without_gradient_are_not_decayed():
+    torch.manual_seed(0)
+    model = Bag()
+    tokens, labels = torch.randint(20, (300, 6)), torch.randint(4, (300,))
+    parts = {"forget": (tokens[:40], labels[:40]), "retain": (tokens[40:200], labels[40:200])}
+    held_out = {"held_out": (tokens[200:], labels[200:])}
+    result = run(model, parts | held_out)
+    assert result.model.bag.weight[0].abs().max() == 0
+    kept = run(model, parts | held_out, recipe=dataclasses.replace(SHORT, shrink=1.0, noise=0.0)).model
+    assert torch.equal(kept.unused.weight, model.unused.weight)
+    assert not torch.equal(kept.head.weight, model.head.weight)
+
+
+def test_a_forward_of_ones_own_knows_where_the_targets_are(memorised):
+    model, parts = memorised
+    wanted = run(model, parts)
+    swapped = {name: (y, x) for name, (x, y) in parts.items()}
+    result = run(model, swapped, forward=lambda model, batch: (model(batch[1]), batch[0]))
+    assert torch.equal(weights(result.model), weights(wanted.model))
+    assert result.settings["forget_kind"] == wanted.settings["forget_kind"]
+
+
+def test_regression_targets_are_not_taken_for_labels(memorised):
+    model, parts = memorised
+    wrong = {name: (x, 50 * torch.rand(len(x), 4)) for name, (x, _) in parts.items()}
+    with pytest.raises(ValueError, match=r"multi-label and must lie in \[0, 1\]"):
+        run(model, wrong)
+
+
+def test_result_as_json_is_strict(memorised):
+    model, parts = memorised
+    result = dataclasses.replace(run(model, parts), seconds=float("inf"))
+    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["seconds"] is None
 
 
 @pytest.mark.parametrize("inplace", [False, True])

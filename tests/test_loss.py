@@ -13,8 +13,10 @@ from nabla_tau.objective import GATES
 FORGET = torch.tensor([True, True, False, False, False])
 
 
-def plain(losses: torch.Tensor, tau: float, alpha: float) -> torch.Tensor:
-    return alpha * F.relu(tau - losses[FORGET].mean()) ** 2 + (1 - alpha) * losses[~FORGET].mean()
+def plain(losses: torch.Tensor, targets: torch.Tensor, tau: float, alpha: float) -> torch.Tensor:
+    # A sequence without any unmasked token is no sample.
+    retain = ~FORGET & ~(targets.view(5, -1) == -100).all(1)
+    return alpha * F.relu(tau - losses[FORGET].mean()) ** 2 + (1 - alpha) * losses[retain].mean()
 
 
 def classification() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -46,7 +48,7 @@ def test_loss_and_gradient_are_the_formula(make):
     logits, targets, losses = make()
     mine, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     value = nabla_tau_loss(mine, targets, FORGET, tau=9.0, alpha=0.3)
-    assert value.item() == pytest.approx(plain(losses, 9.0, 0.3).item(), rel=1e-12)
+    assert value.item() == pytest.approx(plain(losses, targets, 9.0, 0.3).item(), rel=1e-12)
     value.backward()
     if make is classification:
         reference = F.cross_entropy(theirs, targets, reduction="none")
@@ -56,7 +58,7 @@ def test_loss_and_gradient_are_the_formula(make):
         kept = targets != -100
         tokens = F.cross_entropy(theirs.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100)
         reference = tokens.view(5, 4).sum(1) / kept.sum(1).clamp(min=1)
-    plain(reference, 9.0, 0.3).backward()
+    plain(reference, targets, 9.0, 0.3).backward()
     torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-10, atol=1e-14)
 
 

@@ -1,6 +1,7 @@
 """Membership statistics: against independent oracles, over ties, and with intervals that cover what they claim to."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.model_selection import StratifiedShuffleSplit
 
 from nabla_tau.membership import bootstrap_auc, choose_comparison, judge, roc, simple_mia
+from nabla_tau.membership.recall import paired_interval
 
 # Few distinct values, so that ties are the rule and not the exception.
 tied = st.lists(st.integers(-3, 3), min_size=1, max_size=30)
@@ -275,3 +277,70 @@ def test_an_auc_below_the_retrained_models_but_above_one_half_is_a_warning():
         gaussian_attacks(0.6, retrained=0.6), subject="unlearned", retrained=["retrained"], original="original"
     )
     assert not any("than by retraining" in f.text for f in level.findings)
+
+
+def attack(seed, n=1500, **shifts):
+    """An attack whose members stand the given shift above non-members, by model; half of the variance is a model's."""
+    rng = np.random.default_rng(seed)
+    members, nonmembers = rng.normal(size=n), rng.normal(size=2 * n)
+    inside = {name: members + shift + rng.normal(size=n) for name, shift in shifts.items()}
+    return bootstrap_auc(inside, {name: nonmembers + rng.normal(size=2 * n) for name in shifts})
+
+
+def verdict_of(attacks):
+    return judge(attacks, subject="unlearned", retrained=["retrained"], original="original")
+
+
+def test_a_weak_attack_does_not_decide_over_a_strong_one_that_found_nothing():
+    strong = attack(0, unlearned=0.0, retrained=0.0, original=0.8)
+    weak = attack(3, n=300, unlearned=0.05, retrained=0.0, original=0.3)
+    assert weak.gap_interval("original", "retrained", confidence=0.98)[0] > 0
+    assert weak.gap_interval("unlearned", "retrained")[1] > 0.03
+    verdict = verdict_of({"loss": strong, "entropy": weak})
+    assert verdict.code == "forgotten"
+    assert "AUC on loss" in verdict.sentence
+    assert any("leaves it open" in f.text and "entropy" in f.text for f in verdict.findings)
+    # As strong on the original as the other, it must vouch too.
+    as_strong = attack(3, n=300, unlearned=0.05, retrained=0.0, original=0.8)
+    assert verdict_of({"loss": strong, "entropy": as_strong}).code == "inconclusive"
+    # And what it finds beyond doubt it may say.
+    accusing = attack(0, unlearned=0.25, retrained=0.0, original=0.3)
+    accused = verdict_of({"loss": strong, "entropy": accusing})
+    assert accused.code == "remembered"
+    assert "AUC on entropy" in accused.sentence
+    assert "AUC on loss" in accused.sentence
+
+
+def test_a_gap_within_the_tolerance_is_no_forgetting_where_the_original_had_little_more():
+    original = attack(1, n=20_000, unlearned=0.06, retrained=0.0, original=0.08)
+    hardly = verdict_of({"loss": original})
+    assert original.gap_interval("unlearned", "retrained")[1] < 0.03
+    assert hardly.code != "forgotten"
+    closed = verdict_of({"loss": attack(0, n=20_000, unlearned=0.0, retrained=0.0, original=0.08)})
+    assert closed.code == "forgotten"
+    # Two thirds closed by the figures, but the samples do not show that anything changed.
+    chance = verdict_of({"loss": attack(0, n=3000, unlearned=0.01, retrained=0.0, original=0.06)})
+    assert chance.code == "inconclusive"
+    assert "no clear change" in chance.sentence
+
+
+@pytest.mark.parametrize(
+    ("shift", "code", "closed"), [(0.0, "forgotten", 1.0), (0.4, "partly remembered", 0.6), (0.9, "remembered", 0.1)]
+)
+def test_the_sentence_says_how_much_of_the_gap_is_closed(shift, code, closed):
+    verdict = verdict_of({"loss": attack(0, unlearned=shift, retrained=0.0, original=1.0)})
+    assert verdict.code == code
+    said = re.search(r"(all|none|[0-9]+%) of the original model's gap of [+]0[.]\d+ is closed", verdict.sentence)[1]
+    share = {"all": 1.0, "none": 0.0}[said] if said in ("all", "none") else int(said[:-1]) / 100
+    assert share == pytest.approx(closed, abs=0.1)
+
+
+def test_paired_interval_of_accuracies_covers_and_has_a_width_where_all_agree():
+    low, high = paired_interval(np.zeros(98), 0.95)
+    assert high == -low == pytest.approx(0.0196, abs=1e-4)
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(2000):
+        low, high = paired_interval((rng.random(60) < 0.1) * 1.0 - (rng.random(60) < 0.02), 0.9)
+        covered += low <= 0.08 <= high
+    assert 0.87 < covered / 2000 < 0.95

@@ -87,11 +87,11 @@ def test_kill_and_resume(tmp_path, recipe, loaders):
     assert whole[1] == cut[1]
 
 
-def small_run(checkpoint: Path, **settings):
+def small_run(checkpoint: Path, model=None, **settings):
     torch.manual_seed(0)
     x, y = blobs(300)
     parts = {"forget": (x[:40], y[:40]), "retain": (x[40:200], y[40:200]), "held_out": (x[200:], y[200:])}
-    return unlearn(mlp(), **parts, checkpoint=checkpoint, **settings)
+    return unlearn(model or mlp(), **parts, checkpoint=checkpoint, **settings)
 
 
 def test_checkpoint_of_another_run_is_refused(tmp_path):
@@ -101,6 +101,18 @@ def test_checkpoint_of_another_run_is_refused(tmp_path):
         small_run(path)
     with pytest.raises(ValueError, match="of another run.*seed: 0 there, 5 here"):
         small_run(path, resume=True, seed=5)
+
+
+def test_checkpoint_of_other_data_or_weights_is_refused(tmp_path):
+    path = tmp_path / "a.ckpt"
+    small_run(path)
+    torch.manual_seed(0)
+    x, y = blobs(300, seed=1)
+    other = {"forget": (x[:40], y[:40]), "retain": (x[40:200], y[40:200]), "held_out": (x[200:], y[200:])}
+    with pytest.raises(ValueError, match="of another run.*forget: .* there"):
+        unlearn(mlp(), **other, checkpoint=path, resume=True)
+    with pytest.raises(ValueError, match="of another run .model: "):
+        small_run(path, resume=True, model=mlp())
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "foreign", "pickle"])

@@ -23,6 +23,7 @@ from nabla_tau.membership.measures import (
     measure,
     thin_curve,
 )
+from nabla_tau.membership.recall import recall_of
 from nabla_tau.membership.verdict import LEVELS, Finding, judge
 
 SUBJECT = "unlearned"
@@ -54,14 +55,11 @@ def audit_signals(
     if tolerance <= 0:
         raise ValueError(f"tolerance must be positive, got {tolerance}")
     _check_same_samples(signals)
+    check_record(record)
     record = _thin_history(json_able(record or {}, "record"))
     comparison = _comparison(signals[SUBJECT], record)
     n_members, n_nonmembers = int(comparison.members.sum()), int(comparison.nonmembers.sum())
-    if min(n_members, n_nonmembers) < MIN_SAMPLES:
-        raise ValueError(
-            f"an audit needs at least {MIN_SAMPLES} forgotten and {MIN_SAMPLES} unseen samples to compare, got "
-            f"{n_members} and {n_nonmembers}"
-        )
+    check_counts(n_members, n_nonmembers)
 
     scores = {name: attack_scores(of_model, comparison) for name, of_model in signals.items()}
     attacks = {
@@ -104,6 +102,9 @@ def audit_signals(
                 original=original,
                 utility=utility,
                 retained=retained,
+                recall=recall_of(
+                    signals, name, retrained, original, comparison, confidence=confidence, tolerance=tolerance
+                ),
                 confidence=confidence,
                 tolerance=tolerance,
             )
@@ -161,6 +162,24 @@ def audit_signals(
 
 
 _ROLES = ("original", SUBJECT, "retrained", "retrained run", "compared")
+
+
+def check_counts(forgotten: int, unseen: int) -> None:
+    """ValueError for fewer samples than the attacks can be trained and tested on."""
+    if min(forgotten, unseen) < MIN_SAMPLES:
+        raise ValueError(
+            f"an audit needs at least {MIN_SAMPLES} forgotten and {MIN_SAMPLES} unseen samples to compare, got "
+            f"{forgotten} and {unseen}"
+        )
+
+
+def check_record(record: object) -> None:
+    """TypeError for a record that is no mapping; its entries may be anything JSON-able but for those used here."""
+    if record is not None and not isinstance(record, Mapping):
+        raise TypeError(
+            "record must be a mapping, as the JSON object that `nabla_tau unlearn` writes is, got "
+            f"{type(record).__name__}"
+        )
 
 
 def _roles(signals: Mapping[str, object], retrained: Sequence[str], original: str | None) -> dict[str, str]:

@@ -66,7 +66,11 @@ def gap_intervals(
         for name, attack in attacks.items()
     }
     everything = np.ones(comparison.members.size, bool)
-    for measure, of_set, mask in (("forget", "forget", everything), ("test", "unseen", comparison.test)):
+    for measure, of_set, mask in (
+        ("forget", "forget", everything),
+        ("test", "unseen", comparison.test),
+        ("unseen_removed", "unseen", comparison.unseen_removed),
+    ):
         interval = accuracy_gap_interval(signals, model, reference, of_set, mask, confidence)
         if interval is not None:
             found[f"{measure}_accuracy"] = interval

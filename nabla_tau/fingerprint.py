@@ -1,0 +1,36 @@
+"""SHA-256 fingerprints of weights and data: what a checkpoint belongs to, and what a record says was unlearned."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from nabla_tau.batch import tensors_of
+from nabla_tau.sources import Source, TensorSource
+
+
+def of_tensors(tensors: Iterable[Tensor]) -> str:
+    """Of shapes, dtypes and contents."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def of_model(model: nn.Module) -> str:
+    """Of all parameters and buffers, by name."""
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    names = hashlib.sha256("\n".join(state).encode()).hexdigest()
+    return hashlib.sha256((names + of_tensors(state.values())).encode()).hexdigest()
+
+
+def of_source(source: Source, targets: Tensor | None) -> str:
+    """Of every sample where the data are tensors; of the number of samples and their targets where they are read one by
+    one, which would take as long as a pass over them."""
+    if isinstance(source, TensorSource):
+        return of_tensors(tensors_of(source.tensors))
+    return of_tensors([torch.tensor(source.count), *([] if targets is None else [targets])])

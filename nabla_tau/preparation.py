@@ -1,0 +1,103 @@
+"""Before the first step: the three data sets, what kind of forget set it is, and everything that can be refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nabla_tau import fingerprint
+from nabla_tau.batch import Forward
+from nabla_tau.classes import ForgetKindReport, forget_kind
+from nabla_tau.evaluation import SampleLoss, forward_batches
+from nabla_tau.functional import Task, check_labels, check_multilabel, infer_task
+from nabla_tau.sources import Source, as_source, count_shared, split_held_out
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Data that has been looked at. task is None with a loss of the caller's own; fingerprints: of each data set and
+    of the model's weights."""
+
+    forget: Source
+    retain: Source
+    held_out: Source
+    task: Task | None
+    kind: ForgetKindReport
+    fingerprints: dict[str, str]
+    warnings: list[str]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"forget": self.forget.count, "retain": self.retain.count, "held_out": self.held_out.count}
+
+
+def prepare(
+    model: nn.Module,
+    *,
+    forget: Any,
+    retain: Any,
+    held_out: Any,
+    forward: Forward | None,
+    loss: SampleLoss | None,
+    retain_is_unseen: bool,
+    seed: int,
+) -> Prepared:
+    """Look at model and data once. Raises the TypeErrors and ValueErrors that `unlearn` promises."""
+    if held_out is None:
+        raise ValueError(
+            "held_out is None: tau is the loss of data the model was never trained on, so it cannot be estimated "
+            "without. If the model was never trained on retain, pass held_out=0.2 and retain_is_unseen=True"
+        )
+    sources = {"forget": as_source(forget, "forget"), "retain": as_source(retain, "retain")}
+    if isinstance(held_out, float):
+        if not retain_is_unseen:
+            raise ValueError(
+                f"held_out={held_out} takes a share of retain, which gives a tau only if the model was never trained "
+                "on retain: say so with retain_is_unseen=True, or give held-out data"
+            )
+        sources["retain"], sources["held_out"] = split_held_out(sources["retain"], held_out, seed)
+    else:
+        sources["held_out"] = as_source(held_out, "held_out")
+    targets = {name: None if loss else _targets(model, source, forward) for name, source in sources.items()}
+    task = None if loss else _check_targets(model, sources["forget"], targets, forward)
+    warnings = []
+    shared = count_shared(forget, retain)
+    if shared:
+        count = sources["forget"].count
+        warnings.append(f"{shared} of {count} forget samples are in the retain set too, which teaches them")
+    if any(p.dtype == torch.float16 and p.requires_grad for p in model.parameters()):
+        warnings.append("the model has float16 weights, in which small updates are lost: use float32 or bfloat16")
+    kind = forget_kind(targets["forget"], targets["retain"])
+    fingerprints = {name: fingerprint.of_source(source, targets[name]) for name, source in sources.items()}
+    fingerprints["model"] = fingerprint.of_model(model)
+    return Prepared(**sources, task=task, kind=kind, fingerprints=fingerprints, warnings=warnings)
+
+
+def _targets(model: nn.Module, source: Source, forward: Forward | None) -> Tensor | None:
+    """One label a sample, or None. With a forward of the caller's own only it knows where the targets are."""
+    if forward is None:
+        return source.targets()
+    found = [targets.cpu() for _, targets in forward_batches(model, source.read(256), forward)]
+    return torch.cat(found) if all(targets.ndim == 1 for targets in found) else None
+
+
+def _check_targets(
+    model: nn.Module, source: Source, targets: dict[str, Tensor | None], forward: Forward | None
+) -> Task:
+    """Task of the model's logits; ValueError for a label out of range, which no step on a GPU looks for."""
+    logits, some = next(forward_batches(model, source.read(2), forward))
+    task = infer_task(logits, some)
+    for name, labels in targets.items():
+        try:
+            if task == "classification" and labels is not None:
+                check_labels(labels, logits.shape[1])
+            elif task == "multilabel" and labels is not None:
+                check_multilabel(labels)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    if task == "multilabel":
+        check_multilabel(some)
+    return task
