@@ -24,7 +24,7 @@ lint: $(VENV)/dev
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/run.py rows --quick
 
-$(VENV)/pip: 
+$(VENV)/pip:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	touch $@
@@ -36,6 +36,7 @@ $(VENV)/cli: $(VENV)/pip $(SOURCES)
 
 $(VENV)/dev: $(VENV)/pip $(SOURCES)
 	$(BIN)/python -m pip install --quiet -c constraints.txt '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps plotnine  # for its diamonds.csv (examples/tabular.py)
 	touch $@ $(VENV)/cli
 
 clean:
