@@ -86,7 +86,8 @@ def multilabel_rows(logits: Tensor, targets: Tensor) -> RowSignals:
     """
     z = logits.to(compute_dtype(logits))
     t = targets.to(z.dtype)
-    loss = F.binary_cross_entropy_with_logits(z, t, reduction="none").mean(1)
+    # Not sigmoid(z) - t for the gradient, which is 0 for a memorised label: here each part keeps its own tail.
+    loss = (t * F.softplus(-z, threshold=88.0) + (1 - t) * F.softplus(z, threshold=88.0)).mean(1)
     # H(sigmoid(z)) = softplus(z) - z sigmoid(z), written so that both tails keep their precision.
     a = z.abs()
     entropy = (F.softplus(-a) + a * torch.sigmoid(-a)).mean(1)

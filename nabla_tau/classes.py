@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nabla_tau.batch import Forward
 from nabla_tau.evaluation import SampleLoss, counted_losses, forward_batches
 from nabla_tau.functional import has_loss
+from nabla_tau.kernels.reference import compute_dtype
 from nabla_tau.objective import Target, target_from_losses
 from nabla_tau.sources import Source
 
@@ -122,7 +123,7 @@ def measure_target(
         if not plain:
             counted = has_loss(targets)
             labels.append(targets[counted])
-            absent.append(-logits[counted].float().log_softmax(1)[:, removed.to(logits.device)])
+            absent.append(-logits[counted].to(compute_dtype(logits)).log_softmax(1)[:, removed.to(logits.device)])
     every = torch.cat(losses)
     if kind.forget_share is None or plain:
         return target_from_losses(every)

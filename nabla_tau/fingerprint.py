@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from nabla_tau.batch import tensors_of
+from nabla_tau.batch import map_leaves, tensors_of
 from nabla_tau.sources import Source, TensorSource
 
 
@@ -32,5 +32,8 @@ def of_source(source: Source, targets: Tensor | None) -> str:
     """Of every sample where the data are tensors; of the number of samples and their targets where they are read one by
     one, which would take as long as a pass over them."""
     if isinstance(source, TensorSource):
-        return of_tensors(tensors_of(source.tensors))
+        others: list[str] = []
+        map_leaves(lambda leaf: isinstance(leaf, Tensor) or others.append(repr(leaf)), source.tensors)
+        texts = hashlib.sha256("\n".join(others).encode()).hexdigest()
+        return hashlib.sha256((texts + of_tensors(tensors_of(source.tensors))).encode()).hexdigest()
     return of_tensors([torch.tensor(source.count), *([] if targets is None else [targets])])

@@ -106,7 +106,8 @@ def unlearn(
     The model runs in eval mode (norm statistics frozen, dropout off). It is copied unless inplace=True; its modes and
     the global random state are as before afterwards. seed fixes the data order and the noise. checkpoint: file
     written atomically every `checkpoint_every` steps (default: as often as tau is measured); resume=True goes on from
-    it where it exists, and gives the very weights that an uninterrupted run gives (CPU). log: called as
+    it where it exists, and gives the very weights that an uninterrupted run gives (on the CPU; a data set whose own
+    random state, or that of persistent workers, goes on from pass to pass cannot be resumed). log: called as
     log(values, step) for every step, some steps late. progress: a bar on a terminal.
 
     Raises TypeError and ValueError for data, labels or settings that do not fit, before anything is changed;

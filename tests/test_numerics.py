@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nabla_tau import nabla_tau_loss
+from nabla_tau.functional import sample_losses
 
 IGNORE = -100
 
@@ -240,8 +241,17 @@ def test_multilabel(dtype):
     t[0] = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])
     t[1] = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
     mask = torch.arange(12) % 2 == 0
-    # sigmoid(z) - t, of the binary cross-entropy, cancels where a label is memorised: one unit of 1 is what it keeps.
+    # Soft labels cancel by their nature: there one unit of 1 is what a gradient keeps.
     check(z, t.to(dtype), mask, TOLERANCE[dtype], 2e-8, tau=9.0, alpha=0.4)
+
+
+def test_memorised_label_keeps_its_gradient():
+    """sigmoid(z) - t, of the usual binary cross-entropy, is 0 in float32 where the truth is 5.1e-12."""
+    z = torch.tensor([[26.0, -26.0]], requires_grad=True)
+    t = torch.tensor([[1.0, 0.0]])
+    nabla_tau_loss(z, t, torch.zeros(1, dtype=torch.bool), tau=0.0, alpha=0.0).backward()
+    wanted = math.exp(-26.0) / (1 + math.exp(-26.0)) / 2
+    assert z.grad[0].tolist() == pytest.approx([-wanted, wanted], rel=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -292,6 +302,7 @@ def test_everything_masked(shape, gate):
     loss.backward()
     assert float(loss.detach()) == 0
     assert bool((z.grad == 0).all())
+    assert sample_losses(z, y).tolist() == [0.0] * 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
