@@ -14,7 +14,7 @@ import bench_rows
 import torch
 from record import print_table, write_csv, write_json
 
-BENCHES = {"rows": bench_rows.run, "quality": bench_quality.run}
+BENCHES = {"rows": bench_rows.run, "quality": bench_quality.run, "examples": bench_quality.run_examples}
 
 
 def main() -> None:
