@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,9 @@ def of_source(source: Source, targets: Tensor | None) -> str:
     """Of every sample where the data are tensors; of the number of samples and their targets where they are read one by
     one, which would take as long as a pass over them."""
     if isinstance(source, TensorSource):
-        others: list[str] = []
-        map_leaves(lambda leaf: isinstance(leaf, Tensor) or others.append(repr(leaf)), source.tensors)
+        leaves: list[Any] = []
+        map_leaves(leaves.append, source.tensors)
+        others = [repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor)]
         texts = hashlib.sha256("\n".join(others).encode()).hexdigest()
         return hashlib.sha256((texts + of_tensors(tensors_of(source.tensors))).encode()).hexdigest()
     return of_tensors([torch.tensor(source.count), *([] if targets is None else [targets])])
