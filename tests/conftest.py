@@ -33,6 +33,12 @@ def train(model: nn.Module, data: Data, epochs: int = 60, learning_rate: float =
     return model.eval()
 
 
+@pytest.fixture(autouse=True)
+def _away_from_the_sources(tmp_path, monkeypatch):
+    """`python -c` puts its working folder first: in the root it would find the sources instead of what is installed."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def memorised() -> tuple[nn.Module, dict[str, Data]]:
     """An MLP that memorised 400 samples, and its forget, retain, held-out and unseen parts."""

@@ -49,9 +49,14 @@ def test_editable_install(sdist, tmp_path):
     source = next(path for path in tmp_path.iterdir() if path.is_dir())
     venv = tmp_path / "venv"
     run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=tmp_path)
-    # The new environment sees the packages of this one, but its own nabla_tau comes first.
+    # The new environment sees the packages of this one, but not its nabla_tau.
+    dependencies = tmp_path / "dependencies"
+    dependencies.mkdir()
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if "nabla_tau" not in path.name:
+            (dependencies / path.name).symlink_to(path)
     site = next(venv.glob("lib/python*/site-packages"))
-    (site / "zz_outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (site / "dependencies.pth").write_text(f"{dependencies}\n")
     python = venv / "bin" / "python"
     pip = (sys.executable, "-m", "pip", "--python", python)
     run(*pip, "install", "--no-deps", "--no-build-isolation", "--ignore-installed", "-e", source, cwd=tmp_path)
