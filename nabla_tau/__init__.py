@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nabla_tau.auditing import AuditReport, audit
-    from nabla_tau.loop import NonFiniteLossError, UnlearnResult, unlearn
+    from nabla_tau.loop import unlearn
     from nabla_tau.loss import NablaTauLoss, nabla_tau_loss
     from nabla_tau.recipes import Recipe
+    from nabla_tau.result import NonFiniteLossError, UnlearnResult
     from nabla_tau.unlearner import Unlearner
 
 __all__ = [
@@ -31,9 +32,9 @@ __all__ = [
 _HOMES = {
     "AuditReport": "auditing",
     "NablaTauLoss": "loss",
-    "NonFiniteLossError": "loop",
+    "NonFiniteLossError": "result",
     "Recipe": "recipes",
-    "UnlearnResult": "loop",
+    "UnlearnResult": "result",
     "Unlearner": "unlearner",
     "audit": "auditing",
     "nabla_tau_loss": "loss",

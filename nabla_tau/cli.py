@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         from nabla_tau.commands import COMMANDS
-        from nabla_tau.loop import NonFiniteLossError
+        from nabla_tau.result import NonFiniteLossError
     except ImportError as error:
         return _fail(error, 2)
     try:

@@ -20,8 +20,9 @@ from nabla_tau.auditing import AuditReport, audit
 from nabla_tau.checkpoint import write_atomic
 from nabla_tau.demo import run_demo
 from nabla_tau.functional import CPP_DTYPES
-from nabla_tau.loop import NonFiniteLossError, UnlearnResult, unlearn
+from nabla_tau.loop import unlearn
 from nabla_tau.recipes import RECIPES
+from nabla_tau.result import NonFiniteLossError, UnlearnResult
 from nabla_tau.task import Task, load_task
 from nabla_tau.weights import check_new, check_new_weights, load_weights, save_weights, sha256
 

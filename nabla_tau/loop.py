@@ -8,7 +8,6 @@ import logging
 import math
 import time
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,11 @@ from nabla_tau.classes import measure_target
 from nabla_tau.evaluation import SampleLoss, device_of, evaluation_mode, mean_loss
 from nabla_tau.functional import row_provider
 from nabla_tau.history import History, Log, diagnose
+from nabla_tau.perturbation import shrink_and_perturb
 from nabla_tau.preparation import Prepared, prepare
 from nabla_tau.progress import progress_bar
 from nabla_tau.recipes import RECIPES, Plan, Recipe, forget_batch_size, learning_rate_from_weights, make_plan
+from nabla_tau.result import NonFiniteLossError, UnlearnResult
 from nabla_tau.sources import Stream, derive_seed
 from nabla_tau.unlearner import Unlearner, trainable_parameters
 
@@ -32,46 +33,6 @@ logger = logging.getLogger("nabla_tau")
 FLUSH_EVERY = 50  # steps between two reads of the device, at most
 LOOK_AT = 500  # forget samples that their mean loss before and after is taken over
 FORGET, RETAIN, HELD_OUT, SHRINK, GLOBAL = range(5)  # what a derived seed is for
-
-
-@dataclass(frozen=True)
-class UnlearnResult:
-    """What `unlearn` did. model: the unlearned model (a copy unless inplace). settings: every value that was resolved.
-    history: one list a column (`nabla_tau.history.COLUMNS`), one entry a step. warnings: what to look at. fingerprints:
-    SHA-256 of the model before and of each data set (`fingerprint.py`)."""
-
-    model: nn.Module
-    recipe: str
-    settings: dict[str, Any]
-    history: dict[str, list[float]]
-    warnings: list[str]
-    seconds: float
-    counts: dict[str, int]
-    removed_classes: tuple[int, ...]
-    fingerprints: dict[str, str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the model, as JSON takes it (nan and infinity as None): the `record` of `audit`."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "model"}
-        strict: dict[str, Any] = _strict(fields)
-        return strict
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _strict(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class NonFiniteLossError(RuntimeError):
-    """A loss became nan or infinite. `step` is the first such step; `result` holds the last good weights."""
-
-    def __init__(self, message: str, step: int, result: UnlearnResult) -> None:
-        super().__init__(message)
-        self.step = step
-        self.result = result
 
 
 def unlearn(
@@ -146,25 +107,6 @@ def unlearn(
 
 def _cuda_devices(device: torch.device) -> list[int]:
     return [device.index or 0] if device.type == "cuda" else []
-
-
-def shrink_and_perturb(model: nn.Module, shrink: float, noise: float, seed: int) -> None:
-    """w <- shrink * w + noise * std(w) * N(0, 1) for every trainable tensor of two or more dimensions (Ash and Adams
-    2020, arXiv 1910.08475): makes room for another solution without leaving the old one. Same numbers on every device;
-    the padding rows of embeddings stay as they are, since no gradient would ever move them back."""
-    generator = torch.Generator().manual_seed(seed)
-    padding = [
-        (module.weight[module.padding_idx], module.weight[module.padding_idx].detach().clone())
-        for module in model.modules()
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None
-    ]
-    with torch.no_grad():
-        for parameter in trainable_parameters(model):
-            if parameter.ndim > 1 and parameter.numel() > 1:
-                draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
-                parameter.copy_(shrink * parameter + noise * parameter.std() * draw)
-        for row, before in padding:
-            row.copy_(before)
 
 
 class _Run:

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from nabla_tau import Unlearner, unlearn
 from nabla_tau.evaluation import evaluate
 from nabla_tau.history import COLUMNS
-from nabla_tau.loop import FORGET, HELD_OUT, RETAIN, SHRINK, NonFiniteLossError
+from nabla_tau.loop import FORGET, HELD_OUT, RETAIN, SHRINK
 from nabla_tau.recipes import DEFAULT, Recipe, learning_rate_from_weights
+from nabla_tau.result import NonFiniteLossError
 from nabla_tau.sources import Stream, as_source, derive_seed
 
 Data = tuple[Tensor, Tensor]

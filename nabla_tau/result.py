@@ -1,0 +1,50 @@
+"""What a run of unlearning gives back."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class UnlearnResult:
+    """What `unlearn` did. model: the unlearned model (a copy unless inplace). settings: every value that was resolved.
+    history: one list a column (`nabla_tau.history.COLUMNS`), one entry a step. warnings: what to look at. fingerprints:
+    SHA-256 of the model before and of each data set (`fingerprint.py`)."""
+
+    model: nn.Module
+    recipe: str
+    settings: dict[str, Any]
+    history: dict[str, list[float]]
+    warnings: list[str]
+    seconds: float
+    counts: dict[str, int]
+    removed_classes: tuple[int, ...]
+    fingerprints: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the model, as JSON takes it (nan and infinity as None): the `record` of `audit`."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "model"}
+        strict: dict[str, Any] = _strict(fields)
+        return strict
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _strict(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss became nan or infinite. `step` is the first such step; `result` holds the last good weights."""
+
+    def __init__(self, message: str, step: int, result: UnlearnResult) -> None:
+        super().__init__(message)
+        self.step = step
+        self.result = result
