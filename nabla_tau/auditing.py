@@ -7,7 +7,6 @@ model was made, so it serves any unlearning method.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from nabla_tau.evaluation import SampleLoss, Signals, device_of, evaluate
 from nabla_tau.membership.assessment import SUBJECT, audit_signals, check_counts, check_record
 from nabla_tau.membership.audit_report import AuditReport
 from nabla_tau.membership.measures import ModelAudit
+from nabla_tau.progress import progress_bar
 from nabla_tau.sources import as_source
 
 __all__ = ["AuditReport", "ModelAudit", "audit", "audit_signals"]
@@ -67,7 +67,7 @@ def audit(
             and `retain`, for which `retain` must then be all that was retained.
         seconds: wall time of each model by its name.
         bootstrap: replicates of the intervals. tolerance: AUC gap to the reference that still counts as forgotten.
-        progress: a line on stderr for each evaluation.
+        progress: a bar on a terminal.
 
     Raises ValueError for names that clash, models that disagree on the samples, fewer than 20 samples to compare, and
     forgotten classes without unseen samples; TypeError for what is not a model.
@@ -87,16 +87,15 @@ def audit(
     check_record(record)
     check_counts(*(as_source(data[name], name).count for name in ("forget", "unseen")))
     signals: dict[str, dict[str, Signals]] = {}
-    for name, entry in models.items():
-        with _on_device(entry, device):
-            for set_name, of_set in data.items():
-                if of_set is None:
-                    continue
-                if progress:
-                    print(f"audit: {name} on the {set_name} set", file=sys.stderr, flush=True)
-                signals.setdefault(name, {})[set_name] = evaluate(
-                    entry, of_set, forward=forward, loss=None if loss == "auto" else loss, batch_size=batch_size
-                )
+    given = {name: of_set for name, of_set in data.items() if of_set is not None}
+    with progress_bar("audit", len(models) * len(given), enabled=progress) as update:
+        for name, entry in models.items():
+            with _on_device(entry, device):
+                for set_name, of_set in given.items():
+                    signals.setdefault(name, {})[set_name] = evaluate(
+                        entry, of_set, forward=forward, loss=None if loss == "auto" else loss, batch_size=batch_size
+                    )
+                    update(sum(map(len, signals.values())), f"{name}, {set_name} set")
     return audit_signals(
         signals,
         retrained=run_names if runs else (),

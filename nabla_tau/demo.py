@@ -146,5 +146,5 @@ def run_demo(*, fraction: float = 0.15, classes: int = 0, seed: int = 0, progres
         compare={name: results[name].model for name in ("paper", "finetuned")},
         record=results["unlearned"].to_dict(),
         seconds=seconds,
-        progress=False,
+        progress=progress,
     )
