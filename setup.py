@@ -18,7 +18,7 @@ setup(
             depends=sorted(glob("csrc/*.h")),
             cxx_std=17,
             # No -ffast-math and no -march: results do not depend on the machine that built the wheel, and
-            # wider SIMD is chosen at run time (target_clones in csrc).
+            # wider SIMD is chosen at run time (csrc/simd.h).
             extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"],
             extra_link_args=["-fopenmp"],
         )

@@ -3,15 +3,19 @@ from typing import Literal, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-_Logits = TypeVar("_Logits", NDArray[np.float32], NDArray[np.float64], NDArray[np.uint16])
+_Logits = TypeVar("_Logits", NDArray[np.float32], NDArray[np.float64], NDArray[np.float16], NDArray[np.uint16])
 _Real: TypeAlias = NDArray[np.float32] | NDArray[np.float64]
+# loss, lse, entropy, margin, p_max, grad_sq, correct
+_Signals: TypeAlias = tuple[_Real, _Real, _Real, _Real, _Real, _Real, NDArray[np.bool_]]
 
 def rows_forward(
-    logits: NDArray[np.float32] | NDArray[np.float64] | NDArray[np.uint16],
+    logits: _Logits,
     targets: NDArray[np.int64],
     ignore_index: int = -100,
     num_threads: int = 1,
-) -> tuple[_Real, _Real, _Real, _Real, NDArray[np.bool_]]: ...
+    label_smoothing: float = 0.0,
+    class_weights: _Real | None = None,
+) -> _Signals: ...
 def rows_backward(
     logits: _Logits,
     targets: NDArray[np.int64],
@@ -20,7 +24,40 @@ def rows_backward(
     weights: _Real,
     ignore_index: int = -100,
     num_threads: int = 1,
+    label_smoothing: float = 0.0,
+    class_weights: _Real | None = None,
     out: _Logits | None = None,
+) -> _Logits: ...
+def rows_gradient(
+    logits: _Logits,
+    targets: NDArray[np.int64],
+    weights: _Real | None = None,
+    ignore_index: int = -100,
+    num_threads: int = 1,
+    label_smoothing: float = 0.0,
+    class_weights: _Real | None = None,
+    out: _Logits | None = None,
+) -> tuple[_Real, _Real, _Real, _Real, _Real, _Real, NDArray[np.bool_], _Logits]: ...
+def nabla_tau_rows(
+    logits: _Logits,
+    targets: NDArray[np.int64],
+    forget: NDArray[np.bool_],
+    tau: float,
+    alpha: float,
+    gate: Literal["batch", "two_sided", "sample"] = "batch",
+    power: int = 2,
+    base: _Real | None = None,
+    forget_count: float = 0.0,
+    retain_count: float = 0.0,
+    ignore_index: int = -100,
+    num_threads: int = 1,
+    label_smoothing: float = 0.0,
+    class_weights: _Real | None = None,
+    with_gradient: bool = True,
+) -> tuple[_Real, _Real, _Signals, _Logits | None]: ...
+def multilabel_forward(logits: _Logits, targets: _Real, num_threads: int = 1) -> _Signals: ...
+def multilabel_backward(
+    logits: _Logits, targets: _Real, weights: _Real, num_threads: int = 1, out: _Logits | None = None
 ) -> _Logits: ...
 def auc(scores: _Real, labels: NDArray[np.bool_]) -> float: ...
 def roc(
