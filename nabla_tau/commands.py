@@ -16,10 +16,10 @@ from jsonargparse import Namespace
 from torch import nn
 
 from nabla_tau import _C
+from nabla_tau._library import CPP_DTYPES, has_triton
 from nabla_tau.auditing import AuditReport, audit
 from nabla_tau.checkpoint import write_atomic
 from nabla_tau.demo import run_demo
-from nabla_tau.functional import CPP_DTYPES
 from nabla_tau.loop import unlearn
 from nabla_tau.recipes import RECIPES
 from nabla_tau.result import NonFiniteLossError, UnlearnResult
@@ -189,7 +189,8 @@ def env(args: Namespace) -> None:
         "versions": _versions(),
         "devices": devices,
         "kernels": {
-            "cpu": f"C++ ({_C.simd_level()}) for {cpp}; plain PyTorch for other dtypes and under torch.compile",
+            "cpu": f"C++ ({_C.simd_level()}) for {cpp}",
+            "cuda": "Triton" if has_triton() else "plain PyTorch: Triton is not installed",
             "other devices": "plain PyTorch (nabla_tau.kernels.reference)",
         },
         "threads": {"torch": torch.get_num_threads(), "openmp": _C.openmp_max_threads()},

@@ -1,8 +1,8 @@
-"""Row losses as differentiable functions: which kernel serves which tensor, and all validation of their arguments.
+"""Row and sample losses as differentiable functions, and all validation of their arguments.
 
 `row_losses` is the one op the engine trains with. Its backward takes one weight a row, so every objective that is a
-function of the per-row losses costs one weighted backward (`objective.py`). CPU tensors in float32, float64 and
-bfloat16 are served by the C++ kernels, everything else by `kernels/reference.py`.
+function of the per-row losses costs one weighted backward (`objective.py`, `row_objectives.py`). Which kernel serves
+which tensor is decided in `_library.py`.
 """
 
 from __future__ import annotations
@@ -11,69 +11,94 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
-from nabla_tau import _C
-from nabla_tau.kernels import reference
-from nabla_tau.kernels.reference import IGNORE_INDEX, RowSignals
+from nabla_tau import _library
+from nabla_tau.kernels.reference import IGNORE_INDEX, RowSignals, compute_dtype
 
 Task: TypeAlias = Literal["classification", "sequence", "multilabel"]
 
-CPP_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
-
-def row_provider(logits: Tensor) -> str:
-    """Name of the implementation that serves the rows of this tensor: "cpp" or "reference"."""
-    # While compiling, plain PyTorch operations are what the compiler can fuse.
-    use_cpp = logits.device.type == "cpu" and logits.dtype in CPP_DTYPES and not torch.compiler.is_compiling()
-    return "cpp" if use_cpp else "reference"
-
-
-def _as_numpy(tensor: Tensor) -> Any:
-    tensor = tensor.detach().contiguous()
-    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
-
-
-def _rows_cpp(logits: Tensor, targets: Tensor, ignore_index: int) -> RowSignals:
-    out = _C.rows_forward(_as_numpy(logits), _as_numpy(targets), ignore_index, torch.get_num_threads())
-    return RowSignals(*(torch.from_numpy(array) for array in out))
-
-
-def _rows(logits: Tensor, targets: Tensor, ignore_index: int) -> RowSignals:
-    if row_provider(logits) == "cpp":
-        return _rows_cpp(logits, targets, ignore_index)
-    return reference.rows(logits, targets, ignore_index=ignore_index)
-
-
-class _RowLoss(torch.autograd.Function):
-    """Loss of each row; the backward is the row-weighted gradient, from the saved normalisers."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-        signals = _rows(logits, targets, ignore_index)
-        ctx.save_for_backward(logits, targets, signals.lse, signals.margin)
-        ctx.ignore_index = ignore_index
-        return signals.loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, weights: Tensor) -> tuple[Tensor, None, None]:
-        logits, targets, lse, margin = ctx.saved_tensors  # type: ignore[attr-defined]
-        ignore_index: int = ctx.ignore_index  # type: ignore[attr-defined]
-        if row_provider(logits) != "cpp":
-            return reference.rows_grad(logits, targets, weights, ignore_index=ignore_index), None, None
-        grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        _C.rows_backward(
-            _as_numpy(logits),
-            _as_numpy(targets),
-            lse.numpy(),
-            margin.numpy(),
-            _as_numpy(weights),
-            ignore_index,
-            torch.get_num_threads(),
-            _as_numpy(grad),
+def refuse_double_backward() -> None:
+    """For a backward that is not itself differentiable. PyTorch's `once_differentiable` lets a graph of it be made, in
+    which the second derivative is silently missing."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the losses of nabla_tau cannot be differentiated twice: call backward or autograd.grad without "
+            "create_graph=True, or write the loss in plain PyTorch (nabla_tau.kernels.reference)"
         )
-        return grad, None, None
+
+
+class _Rows(torch.autograd.Function):
+    """Loss and signals of each row, of which the loss is differentiable: the row-weighted gradient comes from the saved
+    normalisers."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        ignore_index: int,
+        label_smoothing: float,
+        class_weights: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        signals = _library.rows_forward(logits, targets, ignore_index, label_smoothing, class_weights)
+        ctx.mark_non_differentiable(*signals[1:])
+        ctx.save_for_backward(logits, targets, signals.lse, signals.margin, class_weights)
+        ctx.options = ignore_index, label_smoothing
+        return tuple(signals)
+
+    @staticmethod
+    def backward(ctx: Any, weights: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        logits, targets, lse, margin, class_weights = ctx.saved_tensors
+        ignore_index, label_smoothing = ctx.options
+        options = ignore_index, label_smoothing, class_weights
+        return _library.rows_backward(logits, targets, lse, margin, weights, *options), None, None, None, None
+
+
+class _MultilabelRows(torch.autograd.Function):
+    """As `_Rows`, for the mean binary cross-entropy over the labels of a row."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        signals = _library.multilabel_forward(logits, targets)
+        ctx.mark_non_differentiable(*signals[1:])
+        ctx.save_for_backward(logits, targets)
+        return tuple(signals)
+
+    @staticmethod
+    def backward(ctx: Any, weights: Tensor, *_: Tensor) -> tuple[Tensor, None]:
+        refuse_double_backward()
+        logits, targets = ctx.saved_tensors
+        return _library.multilabel_backward(logits, targets, weights), None
+
+
+def _rows(
+    logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, class_weights: Tensor | None
+) -> RowSignals:
+    op: Any = _library.rows_forward_op if torch.compiler.is_compiling() else _Rows.apply
+    return RowSignals(*op(logits, targets, ignore_index, label_smoothing, class_weights))
+
+
+def _multilabel_rows(logits: Tensor, targets: Tensor) -> RowSignals:
+    op: Any = _library.multilabel_forward_op if torch.compiler.is_compiling() else _MultilabelRows.apply
+    return RowSignals(*op(logits, targets))
+
+
+def checked_options(logits: Tensor, label_smoothing: float, class_weights: Tensor | None) -> Tensor | None:
+    """class_weights as the kernels take them; ValueError for a smoothing outside [0, 1] or weights that do not fit."""
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    if class_weights is None:
+        return None
+    if class_weights.shape != logits.shape[-1:] or not class_weights.is_floating_point():
+        raise ValueError(
+            f"class_weights must be floating [{logits.shape[-1]}], one a class, "
+            f"got {class_weights.dtype} of shape {tuple(class_weights.shape)}"
+        )
+    if class_weights.requires_grad:
+        raise ValueError("class_weights must not require a gradient")
+    return class_weights.to(device=logits.device, dtype=compute_dtype(logits))
 
 
 def check_rows(logits: Tensor, targets: Tensor, ignore_index: int) -> None:
@@ -117,22 +142,31 @@ def check_multilabel(targets: Tensor) -> None:
             )
 
 
-def row_losses(logits: Tensor, targets: Tensor, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
+def row_losses(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
+) -> Tensor:
     """Cross-entropy of each row, [N]; differentiable once in the logits.
 
-    logits [N, V] float32, float64, bfloat16 or float16; targets [N] integer labels. The result is float32 (float64
-    for float64 logits) and 0 where the target is `ignore_index`. Raises TypeError and ValueError (`check_rows`).
+    logits [N, V] float32, float64, bfloat16 or float16; targets [N] integer labels; label_smoothing in [0, 1] and
+    class_weights [V] as in torch.nn.functional.cross_entropy with reduction="none". The result is float32 (float64
+    for float64 logits) and 0 where the target is `ignore_index`. Raises TypeError and ValueError (`check_rows`,
+    `checked_options`).
     """
     check_rows(logits, targets, ignore_index)
-    loss: Tensor = _RowLoss.apply(logits, targets.long(), ignore_index)  # type: ignore[no-untyped-call]
-    return loss
+    class_weights = checked_options(logits, label_smoothing, class_weights)
+    return _rows(logits, targets.long(), ignore_index, label_smoothing, class_weights).loss
 
 
 def row_signals(logits: Tensor, targets: Tensor, *, ignore_index: int = IGNORE_INDEX) -> RowSignals:
-    """Loss, logsumexp, entropy, margin and correctness of each row (`RowSignals`), without gradient."""
+    """Loss and attack signals of each row (`RowSignals`), without gradient."""
     check_rows(logits, targets, ignore_index)
     with torch.no_grad():
-        return _rows(logits, targets.long(), ignore_index)
+        return _rows(logits, targets.long(), ignore_index, 0.0, None)
 
 
 def infer_task(logits: Tensor, targets: Tensor) -> Task:
@@ -157,10 +191,6 @@ def infer_task(logits: Tensor, targets: Tensor) -> Task:
     )
 
 
-def _mean_over_tokens(values: Tensor, kept: Tensor) -> Tensor:
-    return (values * kept).sum(1) / kept.sum(1).clamp(min=1)
-
-
 def has_loss(targets: Tensor, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
     """Which samples count, [B] bool: not those of which every target is `ignore_index`; their loss is 0 by convention
     and says nothing."""
@@ -170,37 +200,67 @@ def has_loss(targets: Tensor, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
     return kept if kept.ndim == 1 else kept.any(1)
 
 
-def sample_losses(logits: Tensor, targets: Tensor, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
+def samples_of_rows(rows: RowSignals, kept: Tensor) -> RowSignals:
+    """Signals of sequences, each [B], from those of their tokens [B * T] and the mask of the tokens that count [B, T].
+
+    Means over a sample's tokens; grad_sq is the squared norm of the gradient of that mean loss, and a sample counts as
+    correct when every token is.
+    """
+    count = kept.sum(1).clamp(min=1)
+    means = (torch.where(kept, value.view(kept.shape), 0.0).sum(1) / count for value in rows[:6])
+    loss, lse, entropy, margin, p_max, grad_sq = means
+    correct = (rows.correct.view(kept.shape) | ~kept).all(1)
+    return RowSignals(loss, lse, entropy, margin, p_max, grad_sq / count, correct)
+
+
+def sample_losses(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
+) -> Tensor:
     """Loss of each sample, [B]: what is forgotten or kept is a sample, whatever it is made of.
 
     Classification: cross-entropy. Sequence: mean cross-entropy over the tokens whose target is not `ignore_index`
     (0 for a sample that has none). Multi-label: mean binary cross-entropy over the labels, from logits. Shapes as in
     `infer_task`; for a causal language model the caller shifts the targets, so that targets[:, t] is what
-    logits[:, t] predicts.
+    logits[:, t] predicts. label_smoothing and class_weights [V]: as in `row_losses`, not for multi-label targets.
     """
-    task = infer_task(logits, targets)
-    if task == "classification":
-        return row_losses(logits, targets, ignore_index=ignore_index)
-    if task == "multilabel":
-        if targets.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_multilabel(targets)
-        return reference.multilabel_rows(logits, targets).loss
-    targets = targets.long()  # before comparing: as uint8, 156 equals -100
-    rows = row_losses(logits.flatten(0, 1), targets.flatten(), ignore_index=ignore_index)
-    return _mean_over_tokens(rows.view(targets.shape), targets != ignore_index)
+    return differentiable_signals(
+        logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, class_weights=class_weights
+    ).loss
 
 
 def sample_signals(logits: Tensor, targets: Tensor, *, ignore_index: int = IGNORE_INDEX) -> RowSignals:
-    """Attack signals of each sample, each [B], without gradient; a sequence's are means over its unmasked tokens,
-    and it counts as correct when every unmasked token is."""
+    """Attack signals of each sample, each [B], without gradient; of a sequence as in `samples_of_rows`."""
+    with torch.no_grad():
+        return differentiable_signals(logits, targets, ignore_index=ignore_index)
+
+
+def differentiable_signals(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
+) -> RowSignals:
+    """`sample_losses`, which carries the gradient, and the other signals of each sample from the same read."""
     task = infer_task(logits, targets)
-    if task == "classification":
-        return row_signals(logits, targets, ignore_index=ignore_index)
+    class_weights = checked_options(logits, label_smoothing, class_weights)
     if task == "multilabel":
-        with torch.no_grad():
-            return reference.multilabel_rows(logits, targets)
-    targets = targets.long()
-    rows = row_signals(logits.flatten(0, 1), targets.flatten(), ignore_index=ignore_index)
-    kept = targets != ignore_index
-    loss, lse, entropy, margin = (_mean_over_tokens(value.view(targets.shape), kept) for value in rows[:4])
-    return RowSignals(loss, lse, entropy, margin, (rows.correct.view(targets.shape) | ~kept).all(1))
+        if label_smoothing or class_weights is not None:
+            raise ValueError("label_smoothing and class_weights are for class labels, not for multi-label targets")
+        if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_multilabel(targets)
+        return _multilabel_rows(logits, targets)
+    targets = targets.long()  # before comparing: as uint8, 156 equals -100
+    if task == "classification":
+        check_rows(logits, targets, ignore_index)
+        return _rows(logits, targets, ignore_index, label_smoothing, class_weights)
+    logits, labels = logits.flatten(0, 1), targets.flatten()
+    check_rows(logits, labels, ignore_index)
+    rows = _rows(logits, labels, ignore_index, label_smoothing, class_weights)
+    return samples_of_rows(rows, targets != ignore_index)

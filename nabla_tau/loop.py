@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nabla_tau._library import row_provider
 from nabla_tau.batch import Batch, Forward, tensors_of
 from nabla_tau.checkpoint import load_checkpoint, save_checkpoint
 from nabla_tau.classes import measure_target
 from nabla_tau.evaluation import SampleLoss, device_of, evaluation_mode, mean_loss
-from nabla_tau.functional import row_provider
 from nabla_tau.history import History, Log, diagnose
 from nabla_tau.perturbation import shrink_and_perturb
 from nabla_tau.preparation import Prepared, prepare
@@ -286,7 +286,7 @@ class _Run:
             "forwards": unlearner.forwards,
             "optimizer": type(unlearner.optimizer).__name__,
             "trainable_parameters": sum(p.numel() for p in unlearner.parameters),
-            "row_kernel": row_provider(parameter) if data.task in ("classification", "sequence") else "reference",
+            "row_kernel": "loss function of the caller" if data.task is None else row_provider(parameter),
             "device": str(parameter.device),
             "dtype": str(parameter.dtype),
             "threads": torch.get_num_threads(),

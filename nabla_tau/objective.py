@@ -66,7 +66,8 @@ def alpha_start(forget_count: int, train_count: int) -> float:
     return min(1.0, 5.0 / 3.0 * forget_count / train_count)
 
 
-def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the values [N] where mask [N] is True, 0-d; 0 where none is."""
     # where, not a product: an infinite loss in the other group must not become 0 * inf = nan here.
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
 
@@ -105,8 +106,8 @@ def objective(
     retain_mask = ~forget_mask
     if counts is not None:
         forget_mask, retain_mask = forget_mask & counts, retain_mask & counts
-    forget_mean = _masked_mean(losses, forget_mask)
-    retain_mean = _masked_mean(losses, retain_mask)
+    forget_mean = masked_mean(losses, forget_mask)
+    retain_mean = masked_mean(losses, retain_mask)
     some_forget = forget_mask.any()
     if gate in ("batch", "two_sided"):
         gap = torch.where(some_forget, target.mean - forget_mean, 0.0)
@@ -120,8 +121,8 @@ def objective(
             assert target.quantiles is not None
             wanted = rank_targets(losses, forget_mask, target.quantiles)
         gaps = torch.where(forget_mask, wanted - losses, 0.0).relu()
-        forget_term = _masked_mean(gaps**power, forget_mask)
-        gate_open = _masked_mean((gaps > 0).to(losses), forget_mask)
+        forget_term = masked_mean(gaps**power, forget_mask)
+        gate_open = masked_mean((gaps > 0).to(losses), forget_mask)
     forget_term = forget_weight * forget_term
     total = alpha * forget_term + (1 - alpha) * retain_mean
     return Terms(total.to(losses), forget_term, forget_mean, retain_mean, forget_weight * gate_open.to(losses))
@@ -135,4 +136,4 @@ def mean_rank(losses: Tensor, forget_mask: Tensor, quantiles: Tensor) -> Tensor:
     losses = losses.detach()
     below = torch.searchsorted(quantiles, losses)
     not_above = torch.searchsorted(quantiles, losses, right=True)
-    return _masked_mean((below + not_above) / (2 * quantiles.numel()), forget_mask)
+    return masked_mean((below + not_above) / (2 * quantiles.numel()), forget_mask)

@@ -20,7 +20,7 @@ from nabla_tau.batch import (
 from nabla_tau.evaluation import SampleLoss, checked_losses, device_of
 from nabla_tau.functional import has_loss
 from nabla_tau.kernels.reference import compute_dtype
-from nabla_tau.loss import as_target, check_gate
+from nabla_tau.loss import as_target, check_gate, nabla_tau_terms
 from nabla_tau.objective import QUANTILES, Gate, Target, Terms, mean_rank, objective
 
 HOLD_SAMPLES = 64  # forget samples that the running mean rank spans
@@ -147,7 +147,7 @@ class Unlearner:
             self.forwards = self._choose_forwards(forget, retain)
         self.optimizer.zero_grad(set_to_none=True)
         if self.balance is None:
-            terms = self._terms(*self._losses(forget, retain))
+            terms = self._mixed_terms(forget, retain)
             terms.total.backward()  # type: ignore[no-untyped-call]
             metrics = self._metrics(terms, torch.ones_like(terms.total))
         else:
@@ -155,10 +155,25 @@ class Unlearner:
         self.optimizer.step()
         return metrics
 
+    def _target(self, like: Tensor) -> Target:
+        return Target(self._tau.to(like), self._quantiles.to(like) if self._has_quantiles else None)
+
+    def _mixed_terms(self, forget: Batch, retain: Batch) -> Terms:
+        """The objective of both groups; by the fused loss where one forward serves both and nothing is held."""
+        fused = self.forwards == MIXED and self._loss is None and not self.hold
+        mixed = concatenate(forget, retain) if fused else None
+        if mixed is None:
+            return self._terms(*self._losses(forget, retain))
+        logits, targets = self._forward(self.model, mixed)
+        mask = torch.arange(len(targets), device=targets.device) < len(tensors_of(forget)[0])
+        target = self._target(self._tau)
+        return nabla_tau_terms(logits, targets, mask, tau=target, alpha=self._alpha, gate=self.gate, power=self.power)[
+            0
+        ]
+
     def _terms(self, losses: Tensor, forget_mask: Tensor, counts: Tensor) -> Terms:
-        quantiles = self._quantiles.to(losses) if self._has_quantiles else None
-        target = Target(self._tau.to(losses), quantiles)
-        weight = self._still_below(losses, forget_mask & counts, quantiles) if self.hold else 1.0
+        target = self._target(losses)
+        weight = self._still_below(losses, forget_mask & counts, target.quantiles) if self.hold else 1.0
         return objective(
             losses,
             forget_mask,

@@ -1,4 +1,5 @@
-"""On a GPU: the same weights as on the CPU, and a step that never makes the host wait."""
+"""On a GPU: the same weights as on the CPU, kernels that are right at every size, and a step that never makes the host
+wait, so that it can be captured in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 from conftest import blobs, mlp
 
-from nabla_tau import Unlearner, unlearn
-from nabla_tau.functional import sample_signals
+from nabla_tau import Unlearner, nabla_tau_loss, unlearn
+from nabla_tau.functional import row_losses, row_signals, sample_signals
+from nabla_tau.linear import linear_nabla_tau_loss
 from nabla_tau.recipes import RECIPES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
@@ -52,3 +54,116 @@ def test_a_step_never_makes_the_host_wait(settings):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert metrics.retain_loss.isfinite()
+
+
+def mixed(rows: int, classes: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator("cuda").manual_seed(rows + classes)
+    logits = (3 * torch.randn(rows, classes, generator=generator, device="cuda")).to(dtype).requires_grad_()
+    targets = torch.randint(classes, (rows,), generator=generator, device="cuda")
+    return logits, targets, torch.arange(rows, device="cuda") < rows // 2
+
+
+def loss_and_gradient(logits, targets, forget, **settings):
+    loss = nabla_tau_loss(logits, targets, forget, tau=20.0, alpha=0.5, **settings)
+    return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gate", ["batch", "two_sided", "sample"])
+@pytest.mark.parametrize(("rows", "classes"), [(4096, 10), (513, 257), (300, 1000), (37, 32768), (9, 128256)])
+def test_the_loss_is_that_of_the_cpu_and_repeats_bit_for_bit(rows, classes, gate, dtype):
+    logits, targets, forget = mixed(rows, classes, dtype)
+    loss, gradient = loss_and_gradient(logits, targets, forget, gate=gate)
+    here = logits.detach().cpu().double().requires_grad_()
+    wanted, wanted_gradient = loss_and_gradient(here, targets.cpu(), forget.cpu(), gate=gate)
+    torch.testing.assert_close(loss.cpu().double(), wanted, rtol=1e-5, atol=0)
+    rtol = {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 1e-2)
+    torch.testing.assert_close(gradient.cpu().double(), wanted_gradient, rtol=rtol, atol=1e-7)
+    for _ in range(5):
+        again = loss_and_gradient(logits, targets, forget, gate=gate)
+        assert torch.equal(again[0], loss)
+        assert torch.equal(again[1], gradient)
+
+
+def test_more_than_two_to_the_31_logits():
+    rows, classes = 70_000, 32_768
+    logits = torch.zeros(rows, classes, dtype=torch.bfloat16, device="cuda")
+    logits[-3:] = torch.randn(3, classes, device="cuda")
+    targets = torch.arange(rows, device="cuda") % classes
+    leaf, few = logits.requires_grad_(), logits[-3:].detach().clone().requires_grad_()
+    losses, wanted = row_losses(leaf, targets), row_losses(few, targets[-3:])
+    assert torch.equal(losses[-3:], wanted)
+    (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+    assert torch.equal(gradient[-3:], torch.autograd.grad(wanted.sum(), few)[0])
+
+
+@pytest.mark.parametrize("classes", [10, 1000, 50257])
+def test_the_loss_is_captured_in_a_cuda_graph(classes):
+    logits, targets, forget = mixed(64, classes, torch.float32)
+    tau = torch.tensor(20.0, device="cuda")
+    alpha = torch.tensor(0.5, device="cuda")
+
+    def step():
+        loss = nabla_tau_loss(logits, targets, forget, tau=tau, alpha=alpha)
+        return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    for seed in range(3):
+        with torch.no_grad():
+            logits.copy_(3 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed)))
+            alpha.fill_(0.1 * (seed + 1))
+        graph.replay()
+        for a, b in zip(found, step(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_compiles_to_one_graph():
+    logits, targets, forget = mixed(64, 1000, torch.float32)
+    compiled = torch.compile(loss_and_gradient_sum, fullgraph=True)
+    wanted = torch.autograd.grad(loss_and_gradient_sum(logits, targets, forget), logits)[0]
+    torch.testing.assert_close(torch.autograd.grad(compiled(logits, targets, forget), logits)[0], wanted)
+
+
+def loss_and_gradient_sum(logits, targets, forget):
+    return nabla_tau_loss(logits, targets, forget, tau=20.0, alpha=0.5) + row_losses(logits, targets).mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_linear_loss_is_that_of_the_cpu(dtype):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, generator=generator).to(dtype) for n in (5000, 1003))
+    targets, forget = torch.randint(1003, (5000,), generator=generator), torch.arange(5000) < 1500
+
+    def gradients(h, w, targets, forget):
+        h, w = h.requires_grad_(), w.requires_grad_()
+        loss = linear_nabla_tau_loss(h, w, targets, forget, tau=60.0, alpha=0.5)
+        return loss.detach(), *torch.autograd.grad(loss, (h, w))
+
+    wanted = gradients(hidden.double(), weight.double(), targets, forget)
+    found = gradients(*(tensor.cuda() for tensor in (hidden, weight, targets, forget)))
+    tolerance = 1e-3 if dtype == torch.float32 else 3e-2
+    for a, b in zip(found, wanted, strict=True):
+        assert (a.cpu().double() - b).norm() <= tolerance * b.norm()
+
+
+def test_the_loss_never_makes_the_host_wait():
+    logits, targets, forget = mixed(64, 1000, torch.float32)
+    hidden, weight = torch.randn(64, 32, device="cuda", requires_grad=True), torch.randn(1000, 32, device="cuda")
+    loss_and_gradient(logits, targets, forget)  # kernels are compiled here
+    linear_nabla_tau_loss(hidden, weight, targets, forget, tau=20.0, alpha=0.5)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss, _ = loss_and_gradient(logits, targets, forget)
+        row_signals(logits.detach(), targets)
+        linear_nabla_tau_loss(hidden, weight, targets, forget, tau=20.0, alpha=0.5).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite()

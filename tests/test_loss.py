@@ -134,16 +134,6 @@ def test_non_contiguous_logits():
     torch.testing.assert_close(transposed.grad, straight.grad)
 
 
-def test_double_backward_is_refused():
-    logits, targets, _ = classification()
-    logits.requires_grad_()
-    (gradient,) = torch.autograd.grad(
-        nabla_tau_loss(logits, targets, FORGET, tau=9.0, alpha=0.3), logits, create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
-
-
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [

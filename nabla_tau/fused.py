@@ -1,0 +1,96 @@
+"""The nabla-tau loss of a mixed batch in one call of a kernel: losses, gate, row weights and gradient.
+
+The gate of the paper and its relatives need one number of the whole batch, so the row weights are known as soon as the
+forget losses are: on the CPU the gradient is written in the very pass that reads the logits of the retained rows, on a
+GPU the last block of the loss kernel leaves the row weights on the device and a second launch writes the gradient.
+`objective.py` is the definition; what is not served here (`serves`) goes through it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nabla_tau import _library
+from nabla_tau.functional import check_labels, refuse_double_backward, samples_of_rows
+from nabla_tau.kernels.reference import RowSignals, compute_dtype
+from nabla_tau.objective import Gate, Terms
+
+
+def serves(logits: Tensor, gate: Gate) -> bool:
+    """Whether `fused_terms` computes this batch of class labels: a fused kernel for the device, and a gate whose row
+    weights follow from one number of the batch or, for "sample", from the row itself."""
+    if torch.compiler.is_compiling() or _library.row_provider(logits) == "reference":
+        return False
+    return gate in ("batch", "two_sided") or (gate == "sample" and logits.ndim == 2)
+
+
+class _NablaTau(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, batch: _library.MixedRows) -> tuple[Tensor, ...]:
+        # Scaled by 1/n a float16 gradient would underflow before a gradient scaler could lift it.
+        early = ctx.needs_input_grad[0] and logits.dtype != torch.float16
+        terms, weights, signals, gradient = _library.nabla_tau_rows(logits, batch, with_gradient=early)
+        total = terms[0].clone()
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        else:
+            ctx.save_for_backward(
+                logits, batch.targets, signals.lse, signals.margin, weights, batch.options.class_weights
+            )
+        ctx.early, ctx.options = gradient is not None, batch.options
+        ctx.mark_non_differentiable(terms, *signals)
+        return total, terms, *signals
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor, None]:
+        refuse_double_backward()
+        if ctx.early:
+            (gradient,) = ctx.saved_tensors
+            # A look at a CPU scalar is free, a pass over the gradient is not.
+            return gradient if upstream.item() == 1 else gradient * upstream.to(gradient), None
+        logits, targets, lse, margin, weights, class_weights = ctx.saved_tensors
+        options = ctx.options.ignore_index, ctx.options.label_smoothing, class_weights
+        return _library.rows_backward(logits, targets, lse, margin, weights * upstream, *options), None
+
+
+def fused_terms(
+    logits: Tensor,
+    targets: Tensor,
+    forget_mask: Tensor,
+    tau: Tensor | float,
+    alpha: Tensor | float,
+    *,
+    gate: Gate,
+    power: int,
+    options: _library.RowOptions,
+) -> tuple[Terms, RowSignals]:
+    """`objective` of `sample_losses` and the signals of the samples, for a batch that this module `serves`.
+
+    logits [B, C] with targets [B], or [B, T, V] with [B, T]; forget_mask [B] bool. `total` carries the gradient.
+    Raises ValueError for a label out of range (on the CPU).
+    """
+    assert gate != "quantile", "`serves` says no"
+    targets = targets.long()
+    kept = None
+    if logits.ndim == 2:
+        batch = _library.MixedRows(targets, forget_mask, tau, alpha, gate, power, options)
+    else:
+        kept = targets != options.ignore_index
+        count = kept.sum(1)
+        counts = count > 0
+        base = (kept.to(compute_dtype(logits)) / count.clamp(min=1).unsqueeze(1)).flatten()
+        forget = forget_mask.unsqueeze(1).expand_as(targets).flatten()
+        of_samples = (forget_mask & counts).sum(), (~forget_mask & counts).sum()
+        logits = logits.flatten(0, 1)
+        batch = _library.MixedRows(targets.flatten(), forget, tau, alpha, gate, power, options, base, *of_samples)
+    try:
+        total, terms, *rows = _NablaTau.apply(logits, batch)  # type: ignore[no-untyped-call]
+    except ValueError:
+        check_labels(batch.targets, logits.shape[1], options.ignore_index)  # says it in the words of the other tasks
+        raise
+    _, forget_term, forget_loss, retain_loss, gate_open = terms.unbind()
+    signals = RowSignals(*rows) if kept is None else samples_of_rows(RowSignals(*rows), kept)
+    return Terms(total, forget_term, forget_loss, retain_loss, gate_open), signals
