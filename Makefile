@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt MANIFEST.in README.md \
 	$(shell find csrc kernels nabla_tau -type f -not -name '*.so' -not -name '*.pyc')
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench sanitize clean
 
 demo: $(VENV)/cli
 	$(BIN)/nabla-tau demo --out demo
@@ -22,7 +22,20 @@ lint: $(VENV)/dev
 	cd build/lint && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p nabla_tau
 
 bench: $(VENV)/dev
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -q benchmarks --benchmark-only --benchmark-max-time=0.3 \
+		--benchmark-columns=min,median,iqr,rounds
 	$(BIN)/python benchmarks/run.py rows --quick
+	$(BIN)/python benchmarks/run.py linear_rows --quick
+
+# The kernels without Python: under AddressSanitizer and UndefinedBehaviorSanitizer, and their threads under
+# ThreadSanitizer. Needs g++ only; -j2 builds both at once.
+sanitize: build/sanitize-address,undefined build/sanitize-thread
+	for program in $^; do ./$$program || exit 1; done
+
+build/sanitize-%: tests/cpp/drive.cpp $(wildcard csrc/*)
+	mkdir -p build
+	$(CXX) -std=c++17 -O1 -g -fwrapv -Wall -Wextra -Wno-unknown-pragmas -DNABLA_TAU_BASELINE -DNABLA_TAU_STD_THREADS \
+		-fsanitize=$* -fno-sanitize-recover=all -pthread $(filter-out csrc/bindings.cpp,$(filter %.cpp,$^)) -o $@
 
 $(VENV)/pip:
 	$(PYTHON) -m venv $(VENV)

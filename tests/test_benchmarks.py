@@ -1,0 +1,228 @@
+"""The benchmarks' own arithmetic: a figure that is quoted means what it says. No test looks at an absolute time."""
+
+from __future__ import annotations
+
+import csv
+import json
+import mmap
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import bench_rows  # noqa: E402
+import compare  # noqa: E402
+import record  # noqa: E402
+from record import Record, Timing, peak_mb, read_csv, read_head, records_of, timings, write_csv  # noqa: E402
+
+FAST, SLOW = Timing(0.9, 1.0, 1.2), Timing(3.9, 4.0, 4.4)
+SAME = {"bench": "rows", "case": "8x4", "device": "cpu", "dtype": "float32", "threads": 1}
+
+
+class Machine:
+    """A clock that providers advance, on a machine that slows down all the time."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.calls = 0.0, []
+        monkeypatch.setattr(record.time, "perf_counter", lambda: self.now)
+
+    def provider(self, name: str, seconds: float):
+        def run() -> None:
+            self.calls.append(name)
+            self.now += seconds * (1 + self.now)
+
+        return run
+
+
+def test_a_ratio_does_not_see_the_machine_slow_down(monkeypatch):
+    machine = Machine(monkeypatch)
+    found = timings({"a": machine.provider("a", 0.01), "b": machine.provider("b", 0.02)}, seconds=10, device="cpu")
+    assert found["b"].p80 > 3 * found["b"].p20  # it did slow down
+    assert found["b"].p50 / found["a"].p50 == pytest.approx(2, rel=0.1)
+
+
+def test_providers_take_turns_in_changing_order(monkeypatch):
+    machine = Machine(monkeypatch)
+    timings({name: machine.provider(name, 0.01) for name in "abc"}, seconds=2, device="cpu")
+    rounds = [tuple(machine.calls[i : i + 3]) for i in range(9, len(machine.calls), 3)]  # 3 calls each to warm up
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in rounds)
+    assert len(set(rounds)) > 2
+
+
+def test_slow_providers_run_five_times_at_least(monkeypatch):
+    machine = Machine(monkeypatch)
+    timings({name: machine.provider(name, 1.0) for name in "ab"}, seconds=0.1, device="cpu")
+    assert Counter(machine.calls) == {"a": 6, "b": 6}  # and once to warm up
+
+
+def test_figures_follow_from_the_medians():
+    eager, ours = records_of(
+        {"eager": SLOW, "nabla_tau": FAST}, baseline="eager", floor_mb=2.0, copy=Timing(0.4, 0.5, 0.6), **SAME
+    )
+    assert (eager.ratio, ours.ratio) == (1, 4)
+    assert (eager.gb_s, ours.gb_s) == (0.5, 2)  # a megabyte in a millisecond is a gigabyte in a second
+    assert (eager.copy_share, ours.copy_share) == (0.125, 0.5)
+
+
+def test_without_its_baseline_a_record_has_no_ratio():
+    (ours,) = records_of({"nabla_tau": FAST}, baseline="eager", **SAME)
+    assert (ours.ratio, ours.baseline) == (None, "")
+
+
+def test_csv_keeps_what_was_measured(tmp_path):
+    records = records_of({"eager": SLOW, "nabla_tau": FAST}, baseline="eager", peaks={"eager": 1 / 3}, **SAME)
+    records.append(Record(provider="compile", unit="ms", note="skipped: no compiler", **SAME))
+    write_csv(records, tmp_path / "new" / "rows.csv", "cpu")
+    eager, ours, skipped = read_csv(tmp_path / "new" / "rows.csv")
+    assert (eager["peak_mb"], ours["peak_mb"]) == ("0.33333", "")
+    assert [float(ours[name]) for name in ("p20", "p50", "p80", "ratio")] == [*FAST, 4]
+    assert (skipped["p50"], skipped["note"]) == ("", "skipped: no compiler")
+    assert read_head(tmp_path / "new" / "rows.csv") == record.environment("cpu")
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("results/*_c[pu][ud]*.csv")), ids=lambda path: path.name)
+def test_committed_results_are_of_one_run_each(path):
+    """Readable whatever version wrote them, and every ratio is that of the medians beside it."""
+    rows = read_csv(path)
+    assert {"device", "torch", "python", "date"} <= read_head(path).keys()
+    keys = [tuple(row[key] for key in compare.KEY) for row in rows if row["ratio"]]
+    assert len(keys) == len(set(keys))
+    place = ("bench", "case", "device", "dtype", "setting")
+    medians = {(*(row[key] for key in place), row["provider"], row["threads"]): row["p50"] for row in rows}
+    for row in rows:
+        if row["ratio"]:
+            name, threads = ("nabla_tau", "1") if row["baseline"] == "1 thread" else (row["baseline"], row["threads"])
+            base = medians[(*(row[key] for key in place), name, threads)]
+            assert float(row["ratio"]) == pytest.approx(float(base) / float(row["p50"]), rel=1e-3), row
+
+
+def written(path: Path, ratio: float, factor: float = 1, case: str = "8x4") -> str:
+    """A CSV with one ratio, all of its times multiplied by the factor."""
+    times = {"eager": Timing(*(factor * time for time in SLOW)), "nabla_tau": Timing(*[factor * 4 / ratio] * 3)}
+    write_csv(records_of(times, baseline="eager", **SAME | {"case": case}), path, "cpu")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "factor", "case", "code"),
+    [
+        (4, 1, "8x4", 0),
+        (4, 3, "8x4", 0),
+        (3.3, 1, "8x4", 0),
+        (3.1, 1, "8x4", 1),
+        (3.1, 0.1, "8x4", 1),
+        (4, 1, "9x4", 2),
+    ],
+    ids=["same", "slower machine", "within", "worse", "worse on a faster machine", "nothing in common"],
+)
+def test_compare_fails_on_a_lost_ratio_and_on_nothing_else(tmp_path, ratio, factor, case, code):
+    old, new = written(tmp_path / "old.csv", 4), written(tmp_path / "new.csv", ratio, factor, case)
+    assert compare.main([old, new]) == code
+
+
+def test_compare_reads_files_without_the_newer_columns(tmp_path):
+    new = written(tmp_path / "new.csv", 4)
+    old_fields = [name for name in record.FIELDS if name not in ("setting", "floor_mb", "gb_s", "copy_share")]
+    with open(tmp_path / "old.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, old_fields, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(read_csv(tmp_path / "new.csv"))
+    assert compare.main([str(tmp_path / "old.csv"), new]) == 0
+
+
+def test_peak_memory_is_what_lives_at_once():
+    x = torch.randn(250_000)  # 1 MB
+
+    def run() -> torch.Tensor:
+        a = x + 1
+        a = a * 2  # two alive while it is made
+        b, c = a + 1, a + 2  # three alive
+        del b
+        return torch.cat([a, c])  # four alive, counting double the last
+
+    assert peak_mb(run, "cpu") == pytest.approx(4, rel=0.01)
+    assert peak_mb(lambda: np.ones(500_000), "cpu") == pytest.approx(4, rel=0.01)
+    kept = mmap.mmap(-1, 4_000_000)  # a result from memory that a library keeps, beside a temporary
+    assert peak_mb(
+        lambda: torch.frombuffer(kept, dtype=torch.uint8).add_((x + 1).sum().byte()), "cpu"
+    ) == pytest.approx(5, rel=0.01)
+
+
+@pytest.mark.parametrize("form", [bench_rows.LOSS, bench_rows.SIGNALS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_providers_do_the_same_work(form, dtype):
+    batch = bench_rows.make_batch(16, 33, dtype, "cpu")
+    found = {name: run() for name, run in bench_rows.providers(batch, form).items()}
+    gradient, signals = found["nabla_tau"]
+    tolerance = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.02}
+    for name, (other, others) in found.items():
+        torch.testing.assert_close(other, gradient, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        for a, b in zip(others or (), signals or (), strict=True):
+            torch.testing.assert_close(a.float(), b.float(), **tolerance)
+    # Both halves of the batch take part: neither the forget nor the retain rows are without a gradient.
+    assert bool((gradient.float().abs().sum(1) > 0).all())
+
+
+def test_the_peak_holds_the_gradient():
+    batch = bench_rows.make_batch(128, 1000, torch.float32, "cpu")
+    for form in bench_rows.FORMS:
+        for run in bench_rows.providers(batch, form).values():
+            assert peak_mb(run, "cpu") > batch.logits.nbytes / 1e6
+
+
+def test_the_floor_counts_every_input_and_output_once():
+    batch = bench_rows.make_batch(16, 33, torch.bfloat16, "cpu")
+    gradient, signals = bench_rows.providers(batch, bench_rows.SIGNALS)["nabla_tau"]()
+    moved = sum(tensor.nbytes for tensor in (batch.logits, batch.targets, batch.forget, gradient))
+    assert bench_rows.floor_bytes(batch.logits, False) == moved
+    assert bench_rows.floor_bytes(batch.logits, True) == moved + sum(signal.nbytes for signal in signals)
+
+
+def test_without_a_compiler_a_record_says_so(monkeypatch):
+    def refuse(*_, **__):
+        return lambda *_: (_ for _ in ()).throw(RuntimeError("no compiler\nhere"))
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    batch = bench_rows.make_batch(4, 5, torch.float32, "cpu")
+    found = {r.provider: r for r in bench_rows.measure(batch, seconds=0.01, threads=1) if r.case == "4x5"}
+    assert (found["compile"].p50, found["compile"].note) == (None, "skipped: RuntimeError: no compiler")
+    assert found["nabla_tau"].p50 is not None
+
+
+def test_rows_are_measured_under_both_settings_of_malloc(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "run.py"), "rows", "--quick", "--json", "rows.json"]
+    # Not compiled: "compile" is then eager under another name, which is all that is needed here.
+    environment = os.environ | {"TORCHDYNAMO_DISABLE": "1", "MALLOC_TOP_PAD_": "1"}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    found = json.loads((tmp_path / "rows.json").read_text())["records"]
+    providers = {"copy", "eager", "compile", "nabla_tau"}
+    for setting in ("malloc default", "malloc tuned"):
+        assert {row["provider"] for row in found if row["setting"] == setting} == providers
+    keys = Counter(tuple(row[key] for key in compare.KEY) for row in found)
+    assert max(keys.values()) == 1
+
+
+def test_plots_show_ratios_with_their_spread_and_not_what_was_skipped(tmp_path):
+    pytest.importorskip("matplotlib")
+    import plot
+
+    records = records_of(
+        {"eager": SLOW, "nabla_tau": FAST}, baseline="eager", peaks={"eager": 6, "nabla_tau": 2}, **SAME
+    )
+    records.append(Record(provider="compile", unit="ms", baseline="eager", note="skipped", **SAME))
+    write_csv(records, tmp_path / "rows_cpu.csv", "cpu")
+    ((cases, panels),) = plot.layout(read_csv(tmp_path / "rows_cpu.csv"))
+    (name, times), (_, memory) = panels
+    assert (cases, name, set(times)) == (["8x4"], "time", {"nabla_tau"})
+    assert times["nabla_tau"]["8x4"] == pytest.approx((4 / 1.2, 4, 4 / 0.9))
+    assert memory["nabla_tau"]["8x4"][1] == 3
+    plot.main([str(tmp_path), str(tmp_path / "docs")])
+    assert (tmp_path / "docs" / "rows_cpu.png").read_bytes().startswith(b"\x89PNG")
