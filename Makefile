@@ -10,7 +10,7 @@ SOURCES := pyproject.toml setup.py constraints.txt MANIFEST.in README.md \
 demo: $(VENV)/cli
 	$(BIN)/nabla-tau demo --out demo
 
-test: $(VENV)/dev lint
+test: $(VENV)/dev lint sanitize
 	$(BIN)/pytest
 
 # On the installed package, from a folder without sources: what users get is what is checked.
