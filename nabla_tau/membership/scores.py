@@ -30,6 +30,49 @@ def as_scores(values: object, name: str) -> Array:
     return np.ascontiguousarray(array, dtype=np.float32 if array.dtype == np.float32 else np.float64)
 
 
+def as_same_scores(first: object, first_name: str, second: object, second_name: str) -> tuple[Array, Array]:
+    """Two arrays of scores in one dtype, float32 if both are."""
+    a, b = as_scores(first, first_name), as_scores(second, second_name)
+    dtype = np.result_type(a, b)
+    return a.astype(dtype, copy=False), b.astype(dtype, copy=False)
+
+
+def as_matrix(values: object, name: str, shape: str) -> Array:
+    """`values` as a 2-D array of real numbers, not copied and not cast; `shape` names its axes in errors.
+
+    Only a bfloat16 tensor, which numpy has no type for, becomes a float32 copy.
+    TypeError for bool, complex and object values, ValueError for another number of axes and for an empty array.
+    """
+    if isinstance(values, torch.Tensor):
+        tensor = values.detach().cpu()
+        values = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    array = np.asarray(values)
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"{name} must hold real numbers, got dtype {array.dtype}")
+    if array.ndim != 2 or array.size == 0:
+        raise ValueError(f"{name} must have shape {shape} and not be empty, got {list(array.shape)}")
+    return array
+
+
+def as_classes(classes: object, n: int, name: str = "classes") -> NDArray[np.int64]:
+    """Class of each of n samples as int64 [n]. TypeError unless integers, ValueError for other shapes and negatives."""
+    array = np.asarray(classes.detach().cpu().numpy() if isinstance(classes, torch.Tensor) else classes)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers, got dtype {array.dtype}")
+    if array.shape != (n,):
+        raise ValueError(f"{name} must have shape [{n}], got {list(array.shape)}")
+    if array.size and array.min() < 0:
+        raise ValueError(f"{name} must not be negative, got {array.min()}")
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def refuse_nan(array: Array, name: str) -> Array:
+    """`array`, or a ValueError that counts its NaN."""
+    if np.isnan(array).any():
+        raise ValueError(f"{name} hold {int(np.isnan(array).sum())} NaN; they have no rank")
+    return array
+
+
 def as_labels(labels: object, n: int) -> NDArray[np.bool_]:
     """Membership labels [n] as bool; integers are taken when they are 0 and 1."""
     array = np.asarray(labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else labels)
