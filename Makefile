@@ -35,7 +35,7 @@ sanitize: build/sanitize-address,undefined build/sanitize-thread
 build/sanitize-%: tests/cpp/drive.cpp $(wildcard csrc/*)
 	mkdir -p build
 	$(CXX) -std=c++17 -O1 -g -fwrapv -Wall -Wextra -Wno-unknown-pragmas -DNABLA_TAU_BASELINE -DNABLA_TAU_STD_THREADS \
-		-fsanitize=$* -fno-sanitize-recover=all -pthread $(filter-out csrc/bindings.cpp,$(filter %.cpp,$^)) -o $@
+		-fsanitize=$* -fno-sanitize-recover=all -pthread $(filter-out csrc/bind%,$(filter %.cpp,$^)) -o $@
 
 $(VENV)/pip:
 	$(PYTHON) -m venv $(VENV)

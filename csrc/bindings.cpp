@@ -11,6 +11,11 @@
 
 using namespace nabla_tau;
 
+namespace nabla_tau {
+void bind_shadow(py::module_& m);
+}
+void bind_threshold(py::module_& m);
+
 namespace {
 
 using OptionalArray = std::optional<py::array>;
@@ -294,6 +299,9 @@ ValueError for a NaN or when one class is missing.)");
 
 One point for each of the K distinct scores, from the highest down, after (0, 0) at threshold inf. Inputs and errors
 as for auc.)");
+
+    bind_shadow(m);
+    bind_threshold(m);
 
     m.def("openmp_max_threads", &omp_get_max_threads, "Threads that OpenMP would use if it were not told a number.");
     m.def("simd_level", &simd_level,

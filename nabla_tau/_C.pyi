@@ -65,3 +65,47 @@ def roc(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]: ...
 def openmp_max_threads() -> int: ...
 def simd_level() -> Literal["baseline", "x86-64-v3", "x86-64-v4"]: ...
+def placements(members: _Real, nonmembers: _Real) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...
+def bootstrap(
+    members: list[_Real],
+    nonmembers: list[_Real],
+    allowed_false: list[int],
+    replicates: int,
+    seed: int,
+    num_threads: int = 1,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...
+def class_thresholds(
+    scores: _Real, labels: NDArray[np.bool_], classes: NDArray[np.int64], n_classes: int
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]: ...
+
+_Floats: TypeAlias = NDArray[np.float16] | NDArray[np.float32] | NDArray[np.float64]
+_Group: TypeAlias = NDArray[np.bool_] | NDArray[np.uint8]
+_Moments: TypeAlias = tuple[
+    NDArray[np.int32], NDArray[np.float64], NDArray[np.float64] | None, NDArray[np.float64] | None
+]
+
+def group_moments(
+    scores: _Floats,
+    group: _Group,
+    limit: tuple[int, int] = (-1, -1),
+    joint: bool = False,
+    sigmoid: bool = False,
+    squares: bool = True,
+    known: _Moments | None = None,
+    num_threads: int = 1,
+) -> _Moments: ...
+def group_medians(
+    scores: _Floats, group: _Group, limit: tuple[int, int] = (-1, -1), joint: bool = False, num_threads: int = 1
+) -> NDArray[np.float64]: ...
+def forgetting_epsilon(
+    unlearned: _Floats, retrained: _Floats, exact: bool, delta: float, cap: float = 50.0, num_threads: int = 1
+) -> NDArray[np.float64]: ...
+def klom(
+    unlearned: _Floats,
+    retrained: _Floats,
+    bins: int = 20,
+    clip: float = 100.0,
+    floor: float = 1e-5,
+    open_top: bool = False,
+    num_threads: int = 1,
+) -> NDArray[np.float64]: ...
