@@ -7,6 +7,7 @@ model was made, so it serves any unlearning method.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ from nabla_tau.evaluation import SampleLoss, Signals, device_of, evaluate
 from nabla_tau.membership.assessment import SUBJECT, audit_signals, check_counts, check_record
 from nabla_tau.membership.audit_report import AuditReport
 from nabla_tau.membership.measures import ModelAudit
+from nabla_tau.membership.shadow_samples import check_samples
+from nabla_tau.membership.shadow_store import ShadowScores
 from nabla_tau.progress import progress_bar
 from nabla_tau.sources import as_source
 
@@ -34,6 +37,7 @@ def audit(
     retrained: nn.Module | Sequence[nn.Module] | None = None,
     original: nn.Module | None = None,
     compare: Mapping[str, nn.Module] | None = None,
+    shadow: ShadowScores | str | os.PathLike[str] | None = None,
     forward: Forward | None = None,
     loss: SampleLoss | Literal["auto"] | None = "auto",
     batch_size: int = 256,
@@ -59,6 +63,9 @@ def audit(
         retrained: model(s) trained without the forget set, as the original was; several are averaged, and their
             spread is shown.
         original: the model before unlearning. compare: further models by name, such as other methods.
+        shadow: shadow models' scores of the "forget" and the "unseen" samples, or the folder of them
+            (`nabla_tau.membership.shadow`): every model is attacked by LiRA and RMIA too, and by U-LiRA where
+            these models unlearned. Without them three or more retrained models serve LiRA and RMIA, offline.
         forward: (model, batch) -> (logits, targets); loss: (logits, targets) -> per-sample losses [B]. Both only for
             models that are not plain classifiers; with a loss of one's own only the loss is attacked.
         device: where to evaluate; each model is moved there and back. Default: where it is.
@@ -69,8 +76,8 @@ def audit(
         bootstrap: replicates of the intervals. tolerance: AUC gap to the reference that still counts as forgotten.
         progress: a bar on a terminal.
 
-    Raises ValueError for names that clash, models that disagree on the samples, fewer than 20 samples to compare, and
-    forgotten classes without unseen samples; TypeError for what is not a model.
+    Raises ValueError for names that clash, models that disagree on the samples, fewer than 20 samples to compare,
+    shadow models of other samples, and forgotten classes without unseen samples; TypeError for what is not a model.
     """
     runs = [] if retrained is None else [retrained] if isinstance(retrained, nn.Module) else list(retrained)
     run_names = ["retrained"] if len(runs) == 1 else [f"retrained {i + 1}" for i in range(len(runs))]
@@ -85,6 +92,9 @@ def audit(
             raise TypeError(f"{name} must be a torch.nn.Module, got {type(entry).__name__}")
     data = {name: _in_order(of_set) for name, of_set in (("forget", forget), ("unseen", unseen), ("retain", retain))}
     check_record(record)
+    if shadow is not None:
+        shadow = shadow if isinstance(shadow, ShadowScores) else ShadowScores.load(shadow)
+        check_samples(shadow, {name: data[name] for name in ("forget", "unseen")})
     check_counts(*(as_source(data[name], name).count for name in ("forget", "unseen")))
     signals: dict[str, dict[str, Signals]] = {}
     given = {name: of_set for name, of_set in data.items() if of_set is not None}
@@ -100,6 +110,7 @@ def audit(
         signals,
         retrained=run_names if runs else (),
         original=None if original is None else "original",
+        shadow=shadow,
         record=record,
         seconds=seconds,
         bootstrap=bootstrap,

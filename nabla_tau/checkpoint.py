@@ -50,3 +50,12 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
         raise ValueError(f"checkpoint {path} is damaged: its {len(payload)} bytes do not match their SHA-256")
     state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
     return state
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The command line: `nabla-tau demo | unlearn | audit | env`.
+"""The command line: `nabla-tau demo | unlearn | audit | shadow | env`.
 
 Exit codes: 0 done, 2 bad input (one line on standard error says what), 3 a run that stopped on a non-finite loss.
 Set NABLA_TAU_DEBUG=1 for the traceback of an error. PyTorch is loaded only once a command runs.
@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
@@ -22,17 +23,18 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--version", action="version", version=importlib.metadata.version("nabla_tau"))
     commands = parser.add_subcommands(dest="command")
 
-    def command(name: str, text: str) -> ArgumentParser:
+    def command(name: str, text: str, parent: Any = commands) -> ArgumentParser:
         sub = ArgumentParser(description=text)
         sub.add_argument("--config", action="config", help="YAML file with any of these options")
         sub.add_argument("--json", type=Path | None, default=None, metavar="FILE", help="write the result here too")
-        commands.add_subcommand(name, sub, help=text)
+        parent.add_subcommand(name, sub, help=text)
         return sub
 
     demo = command("demo", "Train, unlearn and audit a small CNN on embedded real images (Fashion-MNIST).")
     demo.add_argument("--fraction", type=float, default=0.15, help="share of the training images to forget")
     demo.add_argument("--classes", type=int, default=0, metavar="K", help="forget K whole classes instead")
     demo.add_argument("--seed", type=int, default=0, help="of the split, the training and the unlearning")
+    demo.add_argument("--shadow", type=int, default=16, metavar="N", help="shadow models for LiRA and others; 0: none")
     demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="folder of the report")
 
     run = command("unlearn", "Unlearn the forget set of a task; writes new weights and a JSON of what was done.")
@@ -50,8 +52,35 @@ def make_parser() -> ArgumentParser:
     check.add_argument("--original", type=Path | None, default=None, help="weights before unlearning")
     check.add_argument("--retrained", type=Path, nargs="*", default=[], help="weights trained without the forget set")
     check.add_argument("--retrain", action="store_true", help="train such a model now, with train() of the task")
+    check.add_argument(
+        "--shadow", type=Path | None, default=None, metavar="DIR", help="attack by these shadow models too"
+    )
     check.add_argument("--record", type=Path | None, default=None, help="JSON that `nabla-tau unlearn` wrote")
     check.add_argument("--out", type=Path, default=Path("report.html"), help="report; its .json is written beside it")
+
+    text = "Train shadow models of a task, or score a model's samples by them: for LiRA, U-LiRA and RMIA."
+    shadow = ArgumentParser(description=text)
+    commands.add_subcommand("shadow", shadow, help=text)
+    actions = shadow.add_subcommands(dest="action")
+
+    many = command("train", "Train models on the retain set and a random half of the forget and unseen sets.", actions)
+    many.add_argument("--task", type=str, required=True, help=TASK_HELP)
+    many.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder; one begun before is gone on with")
+    many.add_argument("--models", type=int, default=64, help="16 at least, 64 to 256 for a good attack")
+    many.add_argument("--unlearn", type=str | None, default=None, metavar="RECIPE", help="then unlearn, for U-LiRA")
+    many.add_argument("--probability", type=float, default=0.5, help="share of the models trained on a sample")
+    many.add_argument("--seed", type=int, default=0, help="of the choice of samples and of every model")
+    many.add_argument("--dtype", type=str, default="float32", help="of the stored scores: float32 or float16")
+    many.add_argument("--n_jobs", type=int | None, default=None, help="processes of one thread each; -1: one a core")
+    many.add_argument("--ensemble", action="store_true", help="without train(): AdamW on all models at once")
+    many.add_argument("--epochs", type=int, default=20, help="with --ensemble")
+    many.add_argument("--batch_size", type=int, default=128, help="with --ensemble")
+    many.add_argument("--learning_rate", type=float, default=1e-3, help="with --ensemble")
+
+    one = command("score", "Score a model's forget and unseen samples by shadow models.", actions)
+    one.add_argument("--task", type=str, required=True, help=TASK_HELP)
+    one.add_argument("--weights", type=Path, required=True, help="weights of the model to attack")
+    one.add_argument("--shadow", type=Path, required=True, metavar="DIR", help="folder of `nabla-tau shadow train`")
 
     command("env", "Versions, devices, which kernels serve which device, threads.")
     return parser

@@ -18,40 +18,21 @@ from torch import nn
 from nabla_tau import _C
 from nabla_tau._library import CPP_DTYPES, has_triton
 from nabla_tau.auditing import AuditReport, audit
-from nabla_tau.checkpoint import write_atomic
+from nabla_tau.checkpoint import sha256
 from nabla_tau.demo import run_demo
 from nabla_tau.loop import unlearn
+from nabla_tau.outputs import check_json, check_outputs, write_json
 from nabla_tau.recipes import RECIPES
 from nabla_tau.result import NonFiniteLossError, UnlearnResult
+from nabla_tau.shadow_commands import run_shadow
 from nabla_tau.task import Task, load_task
-from nabla_tau.weights import check_new, check_new_weights, load_weights, save_weights, sha256
-
-
-def write_json(content: Any, path: Path) -> None:
-    write_atomic(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
-
-
-def check_outputs(outputs: list[Path | None], inputs: list[Path | None]) -> None:
-    """Raise before any work is done where an output exists, is an input, or is named twice."""
-    taken = {path.resolve() for path in inputs if path is not None}
-    for path in outputs:
-        if path is None:
-            continue
-        if path.resolve() in taken:
-            raise ValueError(f"{path} is already used in this command, as an input or another output")
-        taken.add(path.resolve())
-        check_new(path)
-
-
-def check_json(path: Path | None) -> None:
-    if path is not None and path.suffix != ".json":
-        raise ValueError(f"--json writes a .json file, got {path}")
+from nabla_tau.weights import check_new_weights, load_weights, save_weights
 
 
 def demo(args: Namespace) -> None:
     """Writes over what an earlier demo left, and only over that."""
     check_json(args.json)
-    report = run_demo(fraction=args.fraction, classes=args.classes, seed=args.seed, progress=True)
+    report = run_demo(fraction=args.fraction, classes=args.classes, seed=args.seed, shadows=args.shadow, progress=True)
     args.out.mkdir(parents=True, exist_ok=True)
     _give_report(report, args.out / "report.html", args.json)
 
@@ -155,6 +136,7 @@ def run_audit(args: Namespace) -> None:
         **sets,
         original=None if args.original is None else loaded(args.original),
         retrained=retrained or None,
+        shadow=args.shadow,
         forward=task.forward,
         loss=task.loss,
         record=record,
@@ -205,4 +187,4 @@ def env(args: Namespace) -> None:
             print(f"  {name:<16} {value}".rstrip())
 
 
-COMMANDS = {"demo": demo, "unlearn": run_unlearn, "audit": run_audit, "env": env}
+COMMANDS = {"demo": demo, "unlearn": run_unlearn, "audit": run_audit, "shadow": run_shadow, "env": env}

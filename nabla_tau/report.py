@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from nabla_tau.membership.audit_report import AuditReport
-from nabla_tau.membership.definitions import GROUPS, LIMITS, Row
-from nabla_tau.membership.measures import ATTACKS, ModelAudit
+from nabla_tau.membership.definitions import ATTACK_NAMES, GROUPS, LIMITS, Row
+from nabla_tau.membership.measures import ModelAudit
 
 # Verdict code -> (title, title without a retrained model or None, tone).
 _TITLES = {
@@ -59,11 +59,18 @@ def render_html(report: AuditReport) -> str:
         main=main,
         colours=colours,
         groups=_shown(report),
-        attacks=[a for a in ATTACKS if _known(report, f"auc_{a}")],
+        attacks={a: name for a, name in ATTACK_NAMES.items() if _known(report, f"auc_{a}")},
+        by_models=report.statistics.get("by_models"),
         axis=_axis(report),
         gap_tone=_gap_tone,
         limits=LIMITS,
-        roc_plots=[_roc_plot(pyplot, main, colours, 1 / n_nonmembers, log=log) for log in (False, True)],
+        roc_plots={
+            ATTACK_NAMES[attack]: [
+                _roc_plot(pyplot, main, colours, attack, 1 / n_nonmembers, log=log) for log in (False, True)
+            ]
+            for attack in ("loss", "lira", "rmia")
+            if all(attack in model.roc for model in main.values())
+        },
         histograms={name: _histogram_plot(pyplot, report, name, colours[name]) for name in main},
         history=_history_plots(pyplot, report.record.get("history") or {}),
     )
@@ -214,13 +221,19 @@ def _figure(pyplot: ModuleType, draw: Callable[[Any], None], size: tuple[float, 
 
 
 def _roc_plot(
-    pyplot: ModuleType, models: Mapping[str, ModelAudit], colours: Mapping[str, int], lowest: float, *, log: bool
+    pyplot: ModuleType,
+    models: Mapping[str, ModelAudit],
+    colours: Mapping[str, int],
+    attack: str,
+    lowest: float,
+    *,
+    log: bool,
 ) -> Any:
     def draw(axes: Any) -> None:
         ends = np.geomspace(lowest, 1, 50) if log else np.array([0, 1])
         axes.plot(ends, ends, color=_MUTED, linewidth=1, dashes=(3, 3))
         for name, model in models.items():
-            curve = model.roc["loss"]
+            curve = model.roc[attack]
             wide = 2.4 if model.role == "unlearned" else 1.4
             fpr, tpr = (np.array(curve[rate]) for rate in ("fpr", "tpr"))
             seen = (fpr > 0) & (tpr > 0) if log else slice(None)

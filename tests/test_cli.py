@@ -9,11 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from nabla_tau.cli import main
+from nabla_tau.shadow_commands import select
 
 TASK = """
 import torch
@@ -203,3 +206,80 @@ def test_installed_command_runs():
     process = subprocess.run([command, "--version"], capture_output=True, text=True)
     assert process.returncode == 0
     assert process.stdout.strip()
+
+
+def shadows(*options: str) -> int:
+    return main(["shadow", "train", "--task", "task.py", "--out", "shadows", "--models", "8", *options])
+
+
+def test_shadow_train_then_score_then_audit(work, capsys):
+    assert shadows("--unlearn", "default", "--json", "train.json") == 0
+    assert json.loads((work / "train.json").read_text())["trained_on_by_at_least"] == {"forget": 4, "unseen": 4}
+    assert capsys.readouterr().err == ""
+    before = (work / "shadows" / "scores.npy").stat().st_mtime_ns
+    assert shadows("--unlearn", "default") == 0
+    assert (work / "shadows" / "scores.npy").stat().st_mtime_ns == before, "a finished run is not done again"
+
+    unlearn()
+    scored = {}
+    for name in ("trained", "new"):
+        command = ["shadow", "score", "--task", "task.py", "--weights", f"{name}.safetensors"]
+        assert main([*command, "--shadow", "shadows", "--json", f"{name}-scores.json"]) == 0
+        scored[name] = json.loads((work / f"{name}-scores.json").read_text())
+    assert "LiRA, offline" in capsys.readouterr().out
+    attacks = ["lira", "ulira", "lira_offline", "rmia", "rmia_offline"]
+    assert [*scored["new"]["attacks"]] == attacks
+    assert [len(scored["new"]["scores"]["lira"][name]) for name in ("forget", "unseen")] == [60, 200]
+    found = {name: scored[name]["attacks"]["rmia"]["auc"] for name in scored}
+    assert found["trained"] > 0.6, "the trained model remembers"
+    assert found["new"] < found["trained"]
+
+    audit = ["audit", "--task", "task.py", "--weights", "new.safetensors", "--original", "trained.safetensors"]
+    assert main([*audit, "--retrain", "--shadow", "shadows", "--out", "report.html"]) == 0
+    report = json.loads((work / "report.json").read_text())
+    assert report["statistics"]["by_models"]["attacks"] == ["lira", "ulira", "rmia"]
+    assert report["models"]["unlearned"]["auc_rmia"] == pytest.approx(found["new"])
+    assert report["models"]["original"]["auc_lira"] == pytest.approx(scored["trained"]["attacks"]["lira"]["auc"])
+    assert "U-LiRA" in capsys.readouterr().out
+    assert "U-LiRA" in (work / "report.html").read_text()
+
+
+def test_shadow_models_as_one_ensemble(work, capsys):
+    assert shadows("--ensemble", "--epochs", "40", "--learning_rate", "1e-2", "--dtype", "float16") == 0
+    index = json.loads((work / "shadows" / "index.json").read_text())
+    assert index["plan"]["settings"]["always_trained_on"] == 240
+    assert "8 shadow models" in capsys.readouterr().out
+    assert "another run" in refused(capsys, shadows("--ensemble", "--epochs", "41"))
+
+
+def test_what_shadow_refuses(work, capsys):
+    assert shadows() == 0
+    score = ["shadow", "score", "--task", "other.py", "--weights", "trained.safetensors", "--shadow"]
+    (work / "other.py").write_text(TASK.replace("0.7 *", "0.8 *"))
+    capsys.readouterr()
+    assert "trained on another forget set" in refused(capsys, main([*score, "shadows"]))
+    assert "no shadow models in nowhere" in refused(capsys, main([*score, "nowhere"]))
+    audit = ["audit", "--task", "other.py", "--weights", "trained.safetensors", "--shadow", "shadows"]
+    assert "trained on another forget set" in refused(capsys, main(audit))
+    (work / "task.py").write_text(TASK.replace("range(200)", "range(201)"))
+    assert "another run" in refused(capsys, shadows())
+    (work / "task.py").write_text(TASK.replace("def train(", "def practise("))
+    assert "need train(model, data) in the task, or --ensemble" in refused(capsys, shadows())
+
+
+def test_samples_are_selected_from_any_kind_of_sets():
+    x = torch.arange(12.0).reshape(6, 2)
+    y = torch.arange(6)
+    index = np.array([4, 0, 3])
+    first, second = (x[:2], y[:2]), (x[2:], y[2:])
+    for kind in (tuple, lambda pair: {"x": pair[0], "labels": pair[1]}, lambda pair: TensorDataset(*pair)):
+        found = select([kind(first), kind(second)], index)
+        assert type(found) is type(kind(first))
+        columns = found.values() if isinstance(found, dict) else getattr(found, "tensors", found)
+        assert [column.tolist() for column in columns] == [x[index].tolist(), y[index].tolist()]
+    datasets = [Subset(TensorDataset(*pair), range(len(pair[0]))) for pair in (first, second)]
+    assert [int(label) for _, label in select(datasets, index)] == index.tolist()
+    with pytest.raises(TypeError, match="not DataLoaders"):
+        select([DataLoader(datasets[0])], index)
+    with pytest.raises(ValueError, match="differ in their structure"):
+        select([first, {"x": x, "labels": y}], index)

@@ -28,6 +28,10 @@ def test_demo(tmp_path, capsys):
     assert abs(unlearned["test_accuracy"] - retrained["test_accuracy"]) <= 0.015
     assert abs(models["paper"]["auc_loss"] - retrained["auc_loss"]) > abs(unlearned["auc_loss"] - retrained["auc_loss"])
 
+    assert original["auc_rmia"] - retrained["auc_rmia"] > 0.08, "shadow models must see more than the loss does"
+    assert original["tpr_at_1_percent_fpr_rmia"] > 0.03
+    assert all(isinstance(models[name]["auc_ulira"], float) for name in MODELS)
+
     html = (tmp_path / "demo" / "report.html").read_text()
     assert all(name in html for name in MODELS)
     assert "unlearned" in capsys.readouterr().out
@@ -48,7 +52,9 @@ def test_split_is_disjoint_and_as_asked():
     assert torch.isin(parts["unseen"][1], gone).any(), "unseen samples of the removed classes are what the audit needs"
 
 
-@pytest.mark.parametrize("options", [["--fraction", "1.5"], ["--fraction", "0"], ["--classes", "10"]])
+@pytest.mark.parametrize(
+    "options", [["--fraction", "1.5"], ["--fraction", "0"], ["--classes", "10"], ["--shadow", "3"]]
+)
 def test_demo_refuses(tmp_path, capsys, options):
     assert main(["demo", "--out", str(tmp_path / "demo"), *options]) == 2
     assert options[1].split(".")[0] in capsys.readouterr().err

@@ -10,11 +10,13 @@ import numpy as np
 from nabla_tau.classes import removed_classes
 from nabla_tau.evaluation import Signals
 from nabla_tau.membership.audit_report import AuditReport, json_able, software_versions
-from nabla_tau.membership.bootstrap import bootstrap_auc
+from nabla_tau.membership.bootstrap import AucBootstrap, bootstrap_auc
 from nabla_tau.membership.comparison import Comparison, choose_comparison
 from nabla_tau.membership.gaps import gap_intervals, gaps, mean_numbers, spread, utility_of
 from nabla_tau.membership.logistic import MIN_SAMPLES
 from nabla_tau.membership.measures import (
+    MEASURES,
+    Interval,
     ModelAudit,
     attack_scores,
     histogram,
@@ -22,8 +24,11 @@ from nabla_tau.membership.measures import (
     mean_curve,
     measure,
     thin_curve,
+    tpr_name,
 )
 from nabla_tau.membership.recall import recall_of
+from nabla_tau.membership.shadow_attacks import FEW, attacks_on
+from nabla_tau.membership.shadow_store import ShadowScores
 from nabla_tau.membership.verdict import LEVELS, Finding, judge
 
 SUBJECT = "unlearned"
@@ -34,6 +39,7 @@ def audit_signals(
     *,
     retrained: Sequence[str] = (),
     original: str | None = None,
+    shadow: ShadowScores | None = None,
     record: Mapping[str, Any] | None = None,
     seconds: Mapping[str, float] | None = None,
     bootstrap: int = 1000,
@@ -45,7 +51,7 @@ def audit_signals(
 
     "unlearned" must be among the models; `retrained` and `original` name those with these roles, all others are
     compared. Several retrained models are reported each and as their mean, under the name "retrained". The other
-    arguments and the errors are those of `audit`.
+    arguments and the errors are those of `audit`; `shadow` must hold the scores of these very samples.
     """
     if SUBJECT not in signals:
         raise ValueError(f"signals must hold the model {SUBJECT!r}, got {[*signals]}")
@@ -61,17 +67,22 @@ def audit_signals(
     n_members, n_nonmembers = int(comparison.members.sum()), int(comparison.nonmembers.sum())
     check_counts(n_members, n_nonmembers)
 
-    scores = {name: attack_scores(of_model, comparison) for name, of_model in signals.items()}
+    by_models = attacks_on(signals, shadow, retrained)
+    scores = {name: attack_scores(of_model, comparison, by_models.scores[name]) for name, of_model in signals.items()}
     attacks = {
         attack: bootstrap_auc(
             {name: of_model[attack][0] for name, of_model in scores.items()},
             {name: of_model[attack][1] for name, of_model in scores.items()},
+            fpr=(0.01,),
             replicates=bootstrap,
             random_state=random_state,
         )
         for attack in scores[SUBJECT]
     }
-    measured = {name: measure(of_model, comparison, random_state=random_state) for name, of_model in signals.items()}
+    measured = {
+        name: measure(of_model, scores[name], comparison, random_state=random_state)
+        for name, of_model in signals.items()
+    }
     numbers = {name: of_model[0] for name, of_model in measured.items()}
     losses = {
         name: (s["forget"].loss[comparison.members], s["unseen"].loss[comparison.nonmembers])
@@ -115,7 +126,7 @@ def audit_signals(
             verdict=verdicts[name].code if name in verdicts else None,
             **mean_numbers(numbers, parts) | {"seconds": times.get(name)},
             non_finite=measured[name][2] if len(parts) == 1 else {},
-            intervals={f"auc_{k}": a.interval(parts, confidence=confidence) for k, a in attacks.items()},
+            intervals=_intervals(attacks, parts, confidence),
             gap=gaps(numbers, parts, retrained),
             gap_intervals=gap_intervals(attacks, signals, parts, retrained, comparison, confidence),
             spread=spread(numbers, parts),
@@ -129,6 +140,7 @@ def audit_signals(
     findings = (
         *verdict.findings,
         *_non_finite_findings(models),
+        *_few_models_findings(by_models.about),
         *(Finding("note", text) for text in comparison.notes),
         *(Finding("warning", f"During unlearning: {text}") for text in record.get("warnings") or ()),
     )
@@ -154,6 +166,7 @@ def audit_signals(
             "tolerance": tolerance,
             "random_state": random_state,
             "tpr_at_1_percent_fpr": measured[SUBJECT][1]["loss"].resolution(0.01),
+            "by_models": by_models.about,
         },
         loss_bins=bins,
         record=record,
@@ -214,6 +227,26 @@ def _thin_history(record: dict[str, Any], limit: int = 2000) -> dict[str, Any]:
         for name, column in history.items()
     }
     return record | {"history": thinned}
+
+
+def _intervals(attacks: Mapping[str, AucBootstrap], parts: Sequence[str], confidence: float) -> dict[str, Interval]:
+    """Of every AUC, and of the TPR at 1 % FPR where that is a measure and can be resolved."""
+    found = {f"auc_{name}": attack.interval(parts, confidence=confidence) for name, attack in attacks.items()}
+    for name, attack in attacks.items():
+        tpr = attack.tpr[0.01]
+        if tpr_name(name) in MEASURES and tpr.resolution != "not resolvable":
+            found[tpr_name(name)] = tpr.interval(parts, confidence=confidence)
+    return found
+
+
+def _few_models_findings(about: Mapping[str, Any]) -> list[Finding]:
+    if not about or about["models"] >= FEW:
+        return []
+    text = (
+        f"LiRA and RMIA rest on {about['models']} {about['by']} here: with so few they find less than they could, so "
+        "that what they find counts, and what they do not find says little."
+    )
+    return [Finding("note", text)]
 
 
 def _non_finite_findings(models: Mapping[str, ModelAudit]) -> list[Finding]:

@@ -109,18 +109,25 @@ class AuditReport:
     def table(self) -> str:
         """The report as plain text for a terminal: the verdict, one line a model, and the findings."""
         confidence = f"{self.statistics['confidence']:.0%}"
-        rows = [["model", "AUC", f"{confidence} interval", "gap", "MIA", "MIA ent.", "forget", "retain", "test", "s"]]
+        by_models = {
+            title: measure
+            for title, measure in _BY_MODELS.items()
+            if any(model.number(measure) is not None for model in self.models.values())
+        }
+        accuracies = ("forget", "retain", "test")
+        rows = [["model", "AUC", f"{confidence} interval", "gap", "MIA", "MIA ent.", *by_models, *accuracies, "s"]]
         for name, model in self.models.items():
             low, high = model.intervals.get("auc_loss", (None, None))
             label = f"{name} (mean of {model.runs})" if model.runs > 1 else name
-            numbers = (model.mia_loss, model.mia_entropy, model.forget_accuracy, model.retain_accuracy)
+            numbers = [model.mia_loss, model.mia_entropy, *(model.number(measure) for measure in by_models.values())]
+            numbers += [model.number(f"{name}_accuracy") for name in accuracies]
             rows.append(
                 [
                     _one_line(label),
                     _text(model.auc_loss),
                     f"{_text(low)}-{_text(high)}",
                     _text(model.gap.get("auc_loss"), "+.3f"),
-                    *(_text(number) for number in (*numbers, model.test_accuracy)),
+                    *(_text(number) for number in numbers),
                     _text(model.seconds, ".1f"),
                 ]
             )
@@ -133,10 +140,27 @@ class AuditReport:
         lines += [
             "",
             f"AUC and MIA attack the loss (MIA ent.: the entropy); gap: {gap}.",
+            *(_wrapped(f"{', '.join(by_models)}: {self._by_models_text()}.", "") if by_models else ()),
             *(line for f in self.findings for line in _wrapped(f"{f.level}: {f.text}", "  ")),
             "An audit is evidence, not a certificate: a stronger attack may find what these do not.",
         ]
         return "\n".join(lines)
+
+    def _by_models_text(self) -> str:
+        about = self.statistics["by_models"]
+        return (
+            f"AUC of the attacks by {about['models']} {about['by']}, and the share of forgotten samples that LiRA "
+            "names while accusing 1% of the unseen ones"
+        )
+
+
+# Title of a column -> measure.
+_BY_MODELS = {
+    "LiRA": "auc_lira",
+    "U-LiRA": "auc_ulira",
+    "RMIA": "auc_rmia",
+    "TPR 1%": "tpr_at_1_percent_fpr_lira",
+}
 
 
 def json_able(value: Any, name: str) -> Any:

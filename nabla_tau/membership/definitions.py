@@ -50,6 +50,42 @@ _ATTACKS = (
         "what is left for the samples remembered best. 0.01 is guessing.",
     ),
 )
+_BY_MODELS = (
+    Row(
+        "auc_lira",
+        "AUC, LiRA",
+        "rate",
+        "The likelihood-ratio attack asks of each sample by itself: does the model answer it as other models do that "
+        "were trained on this very sample, or as models that were not? The AUC reads as above; 0.5: nothing is "
+        "learned. Some samples are easy and some hard for every model, and it is not misled by that, so it finds "
+        "memory that one threshold for all does not. (Where retrained models serve for want of shadow models it knows "
+        "the second kind of answer only.)",
+    ),
+    Row(
+        "auc_ulira",
+        "AUC, U-LiRA",
+        "rate",
+        "The same question, where the other models were first trained on samples and then unlearned them as this model "
+        "did: does the model answer like one that has forgotten the sample, or like one that never saw it? It finds "
+        "traces that the forgetting itself leaves.",
+    ),
+    Row(
+        "auc_rmia",
+        "AUC, RMIA",
+        "rate",
+        "The robust attack asks how much likelier the sample is to this model than to other models on average. It "
+        "needs fewer of them than LiRA.",
+    ),
+    Row(
+        "tpr_at_1_percent_fpr_lira",
+        "TPR at 1% FPR, LiRA",
+        "rate",
+        "Share of forgotten samples that LiRA names while accusing at most one unseen sample in a hundred: what an "
+        "attacker could say of single persons with some right. 0.01 is guessing.",
+    ),
+    Row("tpr_at_1_percent_fpr_ulira", "TPR at 1% FPR, U-LiRA", "rate", "The same for U-LiRA."),
+    Row("tpr_at_1_percent_fpr_rmia", "TPR at 1% FPR, RMIA", "rate", "The same for RMIA."),
+)
 _ACCURACY = (
     Row(
         "forget_accuracy",
@@ -78,15 +114,32 @@ _LOSS = (
 )
 _COST = (Row("seconds", "Wall time", "seconds", "Time to make the model, as told by whoever made it."),)
 
-GROUPS = {"Attacks": _ATTACKS, "Accuracy": _ACCURACY, "Mean loss": _LOSS, "Cost": _COST}
+# How an attack is called in plots and tables.
+ATTACK_NAMES = {
+    "loss": "Loss",
+    "entropy": "Entropy",
+    "margin": "Margin",
+    "lira": "LiRA",
+    "ulira": "U-LiRA",
+    "rmia": "RMIA",
+}
+GROUPS = {
+    "Attacks": _ATTACKS,
+    "Attacks by other models": _BY_MODELS,
+    "Accuracy": _ACCURACY,
+    "Mean loss": _LOSS,
+    "Cost": _COST,
+}
 
 LIMITS = (
-    "It is evidence, not a certificate. It says what these attacks find on these samples; a stronger one (with shadow "
-    "models, or access to the weights) may find more.",
+    "It is evidence, not a certificate. It says what these attacks find on these samples; a stronger one (with more "
+    "shadow models, or access to the weights) may find more.",
     "Averages can hide a few samples that are still remembered. The true-positive rate at a low false-positive rate "
     "looks there, as far as the number of unseen samples allows.",
     "The intervals say how much the figures would vary with other samples of the same kind. They do not hold the "
-    "chance in training: retraining with another seed gives another model.",
+    "chance in training: retraining with another seed gives another model, and other shadow models another attack.",
+    "Shadow models show what a sample does to a model only as far as they are made as the audited model was: same "
+    "data, same architecture, same training. Where they differ the attacks that use them find less.",
     "Unseen samples must come from where the forgotten ones came from. A difference in source, date or preparation "
     "looks like memory, or hides it.",
     "Nothing is said of copies, backups, caches, or models made from the original one.",

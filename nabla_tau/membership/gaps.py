@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from nabla_tau.evaluation import Signals
 from nabla_tau.membership.bootstrap import AucBootstrap
 from nabla_tau.membership.comparison import Comparison
-from nabla_tau.membership.measures import MEASURES, Interval
+from nabla_tau.membership.measures import MEASURES, Interval, tpr_name
 from nabla_tau.membership.verdict import Utility
 
 Numbers = Mapping[str, float | None]
@@ -58,13 +58,17 @@ def gap_intervals(
     comparison: Comparison,
     confidence: float,
 ) -> dict[str, Interval]:
-    """Intervals of the gaps in AUC (paired bootstrap) and in accuracy (paired, normal); {} without a reference."""
+    """Intervals of the gaps in AUC and TPR (paired bootstrap) and accuracy (paired, normal); {} without a reference."""
     if not reference:
         return {}
     found = {
         f"auc_{name}": attack.gap_interval(tuple(model), tuple(reference), confidence=confidence)
         for name, attack in attacks.items()
     }
+    for name, attack in attacks.items():
+        tpr = attack.tpr[0.01]
+        if tpr_name(name) in MEASURES and tpr.resolution != "not resolvable":
+            found[tpr_name(name)] = tpr.gap_interval(tuple(model), tuple(reference), confidence=confidence)
     everything = np.ones(comparison.members.size, bool)
     for measure, of_set, mask in (
         ("forget", "forget", everything),

@@ -17,6 +17,8 @@ from nabla_tau.membership.logistic import simple_mia
 from nabla_tau.membership.scores import rank_safe
 
 ATTACKS = ("loss", "entropy", "margin")
+# They judge a sample by other models' answers to it (`membership.shadow_attacks`).
+MODEL_ATTACKS = ("lira", "ulira", "rmia")
 # Low loss and low entropy speak for membership, and so does a large margin.
 _ORIENTATION = {"loss": -1.0, "entropy": -1.0, "margin": 1.0}
 _ROC_POINTS = 200
@@ -43,6 +45,9 @@ class ModelAudit:
     auc_loss: float | None = None
     auc_entropy: float | None = None
     auc_margin: float | None = None
+    auc_lira: float | None = None
+    auc_ulira: float | None = None
+    auc_rmia: float | None = None
     mia_loss: float | None = None
     mia_loss_std: float | None = None
     mia_entropy: float | None = None
@@ -51,6 +56,9 @@ class ModelAudit:
     balanced_accuracy_entropy: float | None = None
     balanced_accuracy_margin: float | None = None
     tpr_at_1_percent_fpr: float | None = None
+    tpr_at_1_percent_fpr_lira: float | None = None
+    tpr_at_1_percent_fpr_ulira: float | None = None
+    tpr_at_1_percent_fpr_rmia: float | None = None
     forget_accuracy: float | None = None
     retain_accuracy: float | None = None
     test_accuracy: float | None = None
@@ -78,9 +86,20 @@ class ModelAudit:
 MEASURES = tuple(f.name for f in fields(ModelAudit) if f.type == "float | None")
 
 
-def attack_scores(signals: Mapping[str, Signals], comparison: Comparison) -> dict[str, tuple[Any, Any]]:
-    """Scores (members, non-members) of each attack that the signals allow; higher is more likely a member."""
-    scores = {}
+def tpr_name(attack: str) -> str:
+    """Name of the measure that holds an attack's TPR at 1 % FPR; that of the loss attack has no ending."""
+    return "tpr_at_1_percent_fpr" + ("" if attack == "loss" else f"_{attack}")
+
+
+def attack_scores(
+    signals: Mapping[str, Signals], comparison: Comparison, by_models: Mapping[str, tuple[Any, Any]]
+) -> dict[str, tuple[Any, Any]]:
+    """Scores (members, non-members) of each attack that the signals allow, and of those `by_models`, given for the
+    whole forget and unseen set; higher is more likely a member."""
+    scores = {
+        attack: (rank_safe(forget[comparison.members]), rank_safe(unseen[comparison.nonmembers]))
+        for attack, (forget, unseen) in by_models.items()
+    }
     for attack in ATTACKS:
         forget, unseen = (getattr(signals[name], attack) for name in ("forget", "unseen"))
         if forget is not None and unseen is not None:
@@ -89,15 +108,15 @@ def attack_scores(signals: Mapping[str, Signals], comparison: Comparison) -> dic
                 rank_safe(sign * forget[comparison.members]),
                 rank_safe(sign * unseen[comparison.nonmembers]),
             )
-    return scores
+    return {attack: scores[attack] for attack in (*ATTACKS, *MODEL_ATTACKS) if attack in scores}
 
 
 def measure(
-    signals: Mapping[str, Signals], comparison: Comparison, *, random_state: int
+    signals: Mapping[str, Signals], scores: Mapping[str, tuple[Any, Any]], comparison: Comparison, *, random_state: int
 ) -> tuple[dict[str, float | None], dict[str, RocResult], dict[str, int]]:
     """(numbers by the names of `ModelAudit`, ROC of each attack, count of non-finite values by "set signal").
 
-    signals maps "forget" and "unseen", and optionally "retain", to one model's signals.
+    signals maps "forget" and "unseen", and optionally "retain", to one model's signals; scores are its `attack_scores`.
     """
     forget, unseen, retain = signals["forget"], signals["unseen"], signals.get("retain")
     compared = unseen.select(comparison.nonmembers)
@@ -111,13 +130,15 @@ def measure(
         "retain_loss": None if retain is None else _mean(retain.loss),
     }
     curves = {}
-    for attack, (x_in, x_out) in attack_scores(signals, comparison).items():
+    for attack, (x_in, x_out) in scores.items():
         curve = roc(np.concatenate([x_in, x_out]), np.repeat([True, False], [x_in.size, x_out.size]))
         curves[attack] = curve
         numbers[f"auc_{attack}"] = curve.auc
-        numbers[f"balanced_accuracy_{attack}"] = curve.balanced_accuracy
-    tpr = curves["loss"].tpr_at(0.01)
-    numbers["tpr_at_1_percent_fpr"] = None if math.isnan(tpr) else tpr
+        if attack in ATTACKS:
+            numbers[f"balanced_accuracy_{attack}"] = curve.balanced_accuracy
+        if tpr_name(attack) in MEASURES:
+            tpr = curve.tpr_at(0.01)
+            numbers[tpr_name(attack)] = None if math.isnan(tpr) else tpr
     members = forget.select(comparison.members)
     for attack in ("loss", "entropy"):
         x_in, x_out = getattr(members, attack), getattr(compared, attack)

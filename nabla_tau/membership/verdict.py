@@ -42,6 +42,7 @@ HARDLY_CLOSED = 0.25
 OPEN = 0.5
 # An attack speaks for forgetting that found this share of what the best attack found in the original.
 SPEAKS = 0.5
+_BY = {"lira": "by LiRA", "ulira": "by U-LiRA", "rmia": "by RMIA"}
 LEVELS = ("problem", "warning", "good", "note")
 CODES = ("forgotten", "partly remembered", "remembered", "over-unlearned", "damaged", "inconclusive")
 
@@ -180,7 +181,7 @@ def _weigh(
     return _Evidence(
         attack=name,
         text=(
-            f"attack AUC on {name} {attack.value(subject):.3f} against {against}, gap {gap:+.3f} "
+            f"attack AUC {_BY.get(name, f'on {name}')} {attack.value(subject):.3f} against {against}, gap {gap:+.3f} "
             f"({confidence:.0%} interval {low:+.3f} to {high:+.3f}){_share_closed(gap, before, found)}"
         ),
         gap=gap,
