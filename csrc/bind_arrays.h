@@ -45,7 +45,7 @@ auto dispatch_floats(const char* name, const py::array& array, F f) {
     if (dtype.kind() == 'f' && dtype.byteorder() == '=') {
         if (dtype.itemsize() == 4) return f(static_cast<float*>(nullptr));
         if (dtype.itemsize() == 8) return f(static_cast<double*>(nullptr));
-        if (dtype.itemsize() == 2) return f(static_cast<half*>(nullptr));
+        if (dtype.itemsize() == 2) return f(static_cast<float16*>(nullptr));
     }
     wrong_dtype(name, "float16, float32 or float64 in native byte order", array);
 }

@@ -244,7 +244,7 @@ void forgetting_epsilon(const Cells<T>& unlearned, const Cells<T>& retrained, co
                ForgettingScratch<real_of<T>>(unlearned.models, retrained.models), threads);
 }
 
-template void forgetting_epsilon(const Cells<half>&, const Cells<half>&, const ForgettingOptions&, double*, int);
+template void forgetting_epsilon(const Cells<float16>&, const Cells<float16>&, const ForgettingOptions&, double*, int);
 template void forgetting_epsilon(const Cells<float>&, const Cells<float>&, const ForgettingOptions&, double*, int);
 template void forgetting_epsilon(const Cells<double>&, const Cells<double>&, const ForgettingOptions&, double*, int);
 

@@ -170,7 +170,7 @@ void group_medians(const Cells<T>& cells, const Membership& group, const GroupOp
     for_blocks(Kernel{cells, group, options, median}, (cells.samples + step - 1) / step, scratch, threads);
 }
 
-template void group_medians(const Cells<half>&, const Membership&, const GroupOptions&, double*, int);
+template void group_medians(const Cells<float16>&, const Membership&, const GroupOptions&, double*, int);
 template void group_medians(const Cells<float>&, const Membership&, const GroupOptions&, double*, int);
 template void group_medians(const Cells<double>&, const Membership&, const GroupOptions&, double*, int);
 

@@ -220,7 +220,7 @@ void group_moments(const Cells<T>& cells, const Membership& group, const GroupOp
                MomentScratch<T>(step, cells.queries), threads);
 }
 
-template void group_moments(const Cells<half>&, const Membership&, const GroupOptions&, const KnownMoments&,
+template void group_moments(const Cells<float16>&, const Membership&, const GroupOptions&, const KnownMoments&,
                             const Moments&, int);
 template void group_moments(const Cells<float>&, const Membership&, const GroupOptions&, const KnownMoments&,
                             const Moments&, int);

@@ -145,7 +145,7 @@ void klom(const Cells<T>& unlearned, const Cells<T>& retrained, const KlomOption
                (unlearned.samples + kBlockSamples - 1) / kBlockSamples, KlomScratch<real_of<T>>(options.bins), threads);
 }
 
-template void klom(const Cells<half>&, const Cells<half>&, const KlomOptions&, double*, int);
+template void klom(const Cells<float16>&, const Cells<float16>&, const KlomOptions&, double*, int);
 template void klom(const Cells<float>&, const Cells<float>&, const KlomOptions&, double*, int);
 template void klom(const Cells<double>&, const Cells<double>&, const KlomOptions&, double*, int);
 

@@ -13,19 +13,6 @@
 
 namespace nabla_tau {
 
-// The bits of an IEEE 754 binary16.
-struct half {
-    std::uint16_t bits;
-};
-
-NABLA_TAU_INLINE float load(half x) {
-    const std::uint32_t magnitude = (x.bits & 0x7fffu) << 13, sign = (x.bits & 0x8000u) << 16;
-    // The exponent is rebased by a product, which is exact and makes subnormals right; infinity and NaN keep theirs.
-    const auto finite = bits_as<std::uint32_t>(bits_as<float>(magnitude) * 0x1p112f);
-    const std::uint32_t special = magnitude | 0x7f800000u;
-    return bits_as<float>(sign | (magnitude >= 0x0f800000u ? special : finite));
-}
-
 template <class T>
 struct Cells {
     using Real = real_of<T>;

@@ -1,6 +1,6 @@
 // Every kernel over ragged sizes, dtypes, thread counts and extreme logits, for the sanitizers (`make sanitize`): on
 // buffers of exactly the size they need, and with a check that results are finite and alike at any number of threads.
-// That they are right is what tests/test_rows_cpp.py and tests/test_fused_cpp.py are for.
+// That they are right is what the tests in Python are for.
 
 #include <cmath>
 #include <cstdio>
@@ -14,6 +14,11 @@
 #include <vector>
 
 #include "../../csrc/block_pool.h"
+#include "../../csrc/bootstrap.h"
+#include "../../csrc/class_thresholds.h"
+#include "../../csrc/forgetting.h"
+#include "../../csrc/group_moments.h"
+#include "../../csrc/klom.h"
 #include "../../csrc/multilabel.h"
 #include "../../csrc/objective.h"
 #include "../../csrc/roc.h"
@@ -191,6 +196,95 @@ void drive_roc() {
     }
 }
 
+void drive_attacks() {
+    std::mt19937 random(1);
+    for (const std::int64_t count : {1, 2, 300, 5001}) {
+        std::vector<double> members(count), nonmembers(2 * count);
+        for (auto* scores : {&members, &nonmembers}) {
+            for (double& score : *scores) score = static_cast<double>(random() % 50);
+        }
+        const auto ranks = rank(members.data(), count, nonmembers.data(), 2 * count);
+        std::vector<double> of_members(count), of_nonmembers(2 * count);
+        placements(ranks, of_members.data(), of_nonmembers.data());
+        const BootstrapJob job{{ranks, ranks}, {0, 1}, 7, 20};
+        std::vector<double> auc_1(2 * 21), tpr_1(4 * 21), auc_3(2 * 21), tpr_3(4 * 21);
+        bootstrap(job, auc_1.data(), tpr_1.data(), 1);
+        bootstrap(job, auc_3.data(), tpr_3.data(), 3);
+        require(auc_1 == auc_3 && tpr_1 == tpr_3, "bootstrap at any number of threads");
+
+        std::vector<std::int64_t> classes(count);
+        std::vector<unsigned char> labels(count);
+        for (std::int64_t i = 0; i < count; ++i) classes[i] = i % 3, labels[i] = random() % 2;
+        const auto* positive = reinterpret_cast<const bool*>(labels.data());
+        require(class_thresholds(members.data(), positive, classes.data(), count, 3).size() == 4, "class thresholds");
+    }
+}
+
+// Scores [models, samples, queries] in a buffer of exactly that size, some of them not finite; every second sample of
+// a wider one when strided.
+template <class T>
+struct Scores {
+    std::vector<T> values;
+    Cells<T> cells;
+
+    Scores(std::int64_t models, std::int64_t samples, std::int64_t queries, bool strided, int seed) {
+        const std::int64_t step = strided ? 2 : 1, size = sizeof(T);
+        values.resize(models * samples * step * queries);
+        std::mt19937 random(seed);
+        std::normal_distribution<float> normal;
+        for (T& value : values) {
+            const float number = random() % 97 == 0 ? std::numeric_limits<float>::infinity() : 3 * normal(random);
+            if constexpr (std::is_same_v<T, float16>) {
+                store(number, value);
+            } else {
+                value = number;
+            }
+        }
+        const auto* data = reinterpret_cast<const char*>(values.data());
+        cells = {data, models, samples, queries, samples * step * queries * size, step * queries * size, size};
+    }
+};
+
+template <class T>
+void drive_shadows() {
+    const std::int64_t sizes[][3] = {{2, 1, 1}, {5, 7, 1}, {17, 33, 3}, {64, 515, 1}, {9, 1030, 2}};
+    for (const auto& [models, samples, queries] : sizes) {
+        for (const bool strided : {false, true}) {
+            const Scores<T> scores(models, samples, queries, strided, 0);
+            const std::int64_t bytes = (samples + 7) / 8;
+            std::vector<unsigned char> bits(models * bytes);
+            std::mt19937 random(2);
+            for (auto& byte : bits) byte = static_cast<unsigned char>(random());
+            const Membership group{reinterpret_cast<const char*>(bits.data()), bytes, 1, true};
+            const std::int64_t columns = samples * queries;
+            const GroupOptions options{{-1, 3}, queries > 1, false};
+            std::vector<std::vector<double>> found;
+            for (const int threads : {1, 3}) {
+                std::vector<std::int32_t> counts(2 * columns);
+                std::vector<double> mean(2 * columns), m2(2 * columns), scatter(2 * columns * queries), median(2 * columns);
+                group_moments(scores.cells, group, options, KnownMoments{},
+                              Moments{counts.data(), mean.data(), m2.data(), queries > 1 ? scatter.data() : nullptr},
+                              threads);
+                group_medians(scores.cells, group, options, median.data(), threads);
+                std::vector<double> all(counts.begin(), counts.end());
+                for (const auto* part : {&mean, &m2, &scatter, &median}) all.insert(all.end(), part->begin(), part->end());
+                found.push_back(all);
+            }
+            require(std::memcmp(found[0].data(), found[1].data(), found[0].size() * sizeof(double)) == 0,
+                    "groups at any number of threads");
+            if (queries > 1) continue;
+            const Scores<T> others(models + 3, samples, 1, strided, 5);
+            std::vector<double> epsilon(samples), divergence(samples);
+            for (const ThresholdRule rule : {ThresholdRule::exact, ThresholdRule::published}) {
+                // The grids of the published rule are long, and instrumented code is slow.
+                if (rule == ThresholdRule::published && samples > 40) continue;
+                forgetting_epsilon(scores.cells, others.cells, {rule, 1e-5, 50}, epsilon.data(), 3);
+            }
+            klom(scores.cells, others.cells, {20, 100, 1e-5, false}, divergence.data(), 3);
+        }
+    }
+}
+
 void drive_targets() {
     const std::int64_t targets[] = {0, -100, 7};
     try {
@@ -228,6 +322,10 @@ int main() {
     drive<float16>();
     drive<bfloat16>();
     drive_roc();
+    drive_attacks();
+    drive_shadows<float>();
+    drive_shadows<double>();
+    drive_shadows<float16>();
     drive_targets();
     drive_pool();
     std::printf("every kernel ran at %s\n", simd_level());
