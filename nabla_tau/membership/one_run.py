@@ -20,7 +20,7 @@ def eps_one_run(
     confidence: float = 0.95,
     random_state: int = 0,
 ) -> EpsilonBound:
-    """Audit by one training run (Steinke, Nasr and Jagielski, NeurIPS 2023, Theorem 2.1): the largest epsilon that
+    """Audit by one training run (Steinke, Nasr and Jagielski, NeurIPS 2023, arXiv 2305.08846): the largest epsilon that
     `one_run_p_value` rejects.
 
     scores [N] of one model for N samples that were put into training each by a fair coin of its own, labels [N] (True:
@@ -65,7 +65,7 @@ def one_run_p_value(right: int, guesses: int, n: int, epsilon: float, delta: flo
     """Bound on the chance of `right` or more right guesses of membership, of `guesses` made, if (epsilon, delta) holds.
 
     With f(v) = P[Binomial(guesses, e^epsilon / (1 + e^epsilon)) >= v] it is f(right) + 2 n delta max over i of
-    (f(right - i) - f(right)) / i, i from 1 to n (Steinke, Nasr and Jagielski 2023, Theorem 2.1), for n samples, each
+    (f(right - i) - f(right)) / i, i from 1 to n (Steinke, Nasr and Jagielski 2023), for n samples, each
     put into training by a fair coin.
     """
     if not 0 <= right <= guesses <= n:
