@@ -380,14 +380,8 @@ def linear_nabla_tau_loss(
     Raises TypeError and ValueError for arguments that do not fit together, and RuntimeError where its backward runs
     with create_graph=True.
     """
-    check_mixed(targets, forget_mask, alpha, gate, power)
     rows, labels, options = _checked(hidden, weight, targets, bias, ignore_index, label_smoothing, class_weights)
-    if forget_mask.dtype != torch.bool:
-        raise TypeError(f"forget_mask must be bool, got {forget_mask.dtype} of shape {tuple(forget_mask.shape)}")
-    if forget_mask.shape != targets.shape[:1]:
-        raise ValueError(f"forget_mask must be [{len(targets)}], one entry a sample, got {tuple(forget_mask.shape)}")
-    if not isinstance(alpha, Tensor) and not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+    check_mixed(targets, forget_mask, alpha, gate, power)
     kept = labels.view(targets.shape) != ignore_index
     counts = has_loss(targets, ignore_index=ignore_index)
     target = as_target(tau, gate, like=rows.new_empty((), dtype=compute_dtype(rows)))
