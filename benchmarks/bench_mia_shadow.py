@@ -1,22 +1,15 @@
 """mia, many models: LiRA's moments and medians, RMIA, forgetting quality and KLOM, against good numpy and scipy.
 
-Each row against the best numpy that we could write, and against scipy, sample by sample, as published scripts do it
-(on part of the samples where a whole run takes minutes; the time is then scaled up and the note says so). peak_mb is
-what a call allocates beyond its inputs, results included.
+Each against the best numpy that we could write, and against scipy, sample by sample, as published scripts do it.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import threading
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
+from case import Case, Provider
 from numpy.typing import NDArray
-from record import Record, timings
 from scipy import stats
 from scipy.special import expit
 
@@ -160,92 +153,48 @@ def per_sample_klom(unlearned: Array, retrained: Array) -> list[float]:
     return found
 
 
-def peak_mb(call: Callable[[], object]) -> float:
-    """Most private memory during a call beyond that before it, by looking every half millisecond."""
-    gc.collect()
-    # Memory that the allocator kept would be reused unseen.
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
-    resident = Path("/proc/self/status")
-
-    def private() -> int:
-        return int(resident.read_text().split("RssAnon:")[1].split()[0])
-
-    most, done = [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.0005):
-            most[0] = max(most[0], private())
-
-    before = private()
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    result = call()
-    most[0] = max(most[0], private())
-    done.set()
-    watcher.join()
-    del result
-    return max(0, most[0] - before) / 1024
-
-
-def run(device: str, threads: int, quick: bool) -> list[Record]:
+def cases(quick: bool) -> Iterator[Case]:
     """Margins as float32; 256 shadow models, 512 models a group for forgetting quality, 100 for KLOM."""
     rng = np.random.default_rng(0)
     models, n, queries = (32, 1000, 3) if quick else (256, 50_000, 18)
-    records = []
-
-    def row(case: str, seconds: float, parts: dict[str, tuple[Callable[[], object], float]], baseline: str) -> None:
-        """`parts`: provider -> (call, factor from its part of the samples to all)."""
-        found = timings(
-            {name: call for name, (call, _) in parts.items()}, seconds=0.3 if quick else seconds, device="cpu"
-        )
-        scaled = {name: [factor * t for t in found[name]] for name, (_, factor) in parts.items()}
-        for name, (call, factor) in parts.items():
-            p20, p50, p80 = scaled[name]
-            note = "" if factor == 1 else f"measured on 1/{factor:.0f} of the samples"
-            peak = peak_mb(call) if factor == 1 else None
-            ratio = scaled[baseline][1] / p50
-            dtype = "float32"
-            records.append(
-                Record("mia", case, name, device, dtype, threads, p20, p50, p80, "ms", peak, ratio, baseline, note)
-            )
-
     for a in (1, queries):
         shape = (n,) if a == 1 else (n, a)
         scores = rng.standard_normal((models, *shape), dtype=np.float32)
         group = rng.random((models, n)) < 0.5
         target = rng.standard_normal(shape, dtype=np.float32)
-        some = n // 50 if a == 1 else n // 250
+        tenth, some = n // 10, n // 50 if a == 1 else n // 250
         name = f"{models}x{n}" + (f"x{a}" if a > 1 else "")
-        row(
+        yield Case(
             f"moments {name}",
-            20,
-            {
-                "nabla_tau": (lambda s=scores, g=group: group_stats(s, g), 1),
-                "numpy": (lambda s=scores[:, : n // 10], g=group[:, : n // 10]: numpy_moments(s, g), 10),
-            },
+            "float32",
             "numpy",
+            {
+                "nabla_tau": Provider(lambda s=scores, g=group: group_stats(s, g)),
+                "numpy": Provider(lambda s=scores[:, :tenth], g=group[:, :tenth]: numpy_moments(s, g), 10),
+            },
         )
-        row(
+        yield Case(
             f"medians {name}",
-            20,
-            {
-                "nabla_tau": (lambda s=scores, g=group: group_stats(s, g, center="median"), 1),
-                "numpy": (lambda s=scores[:, :some], g=group[:, :some]: numpy_medians(s, g), n / some),
-            },
+            "float32",
             "numpy",
-        )
-        row(
-            f"LiRA {name}",
-            20,
             {
-                "nabla_tau": (lambda t=target, s=scores, g=group: lira(t, group_stats(s, g, center="median")), 1),
-                "scipy": (
+                "nabla_tau": Provider(lambda s=scores, g=group: group_stats(s, g, center="median")),
+                "numpy": Provider(lambda s=scores[:, :some], g=group[:, :some]: numpy_medians(s, g), n / some),
+            },
+        )
+        yield Case(
+            f"LiRA {name}",
+            "float32",
+            "scipy",
+            {
+                "nabla_tau": Provider(
+                    lambda t=target, s=scores, g=group: lira(t, group_stats(s, g, center="median")),
+                ),
+                "scipy": Provider(
                     lambda t=target[:some], s=scores[:, :some], g=group[:, :some]: per_sample_lira(t, s, g),
                     n / some,
                 ),
             },
-            "scipy",
         )
         del scores
     n_z, n_x = n, n // 5
@@ -253,65 +202,48 @@ def run(device: str, threads: int, quick: bool) -> list[Record]:
     group = rng.random((models, n_x)) < 0.5
     inputs = (chances[0], chances[1], group, chances[2], chances[3])
     part = (chances[0][: n_x // 20], chances[1][:, : n_x // 20], group[:, : n_x // 20], *chances[2:])
-    row(
+    yield Case(
         f"RMIA {n_x} against {n_z}, {models} references",
-        20,
-        {
-            "nabla_tau": (lambda: rmia(*inputs, signal="probability"), 1),
-            "nabla_tau margins": (lambda: rmia(*inputs), 1),
-            "numpy": (lambda: numpy_rmia(*inputs), 1),
-            "numpy margins": (lambda: numpy_rmia(*[a if a.dtype == bool else expit(a) for a in inputs]), 1),
-            "numpy pairs": (lambda: pairwise_rmia(*part), 20),
-        },
+        "float32",
         "numpy",
+        {
+            "nabla_tau": Provider(lambda: rmia(*inputs, signal="probability")),
+            "nabla_tau margins": Provider(lambda: rmia(*inputs)),
+            "numpy": Provider(lambda: numpy_rmia(*inputs)),
+            "numpy margins": Provider(lambda: numpy_rmia(*[a if a.dtype == bool else expit(a) for a in inputs])),
+            "numpy pairs": Provider(lambda: pairwise_rmia(*part), 20),
+        },
     )
     models, n = (64, 100) if quick else (512, 5000)
     unlearned, retrained = rng.standard_normal((2, models, n), dtype=np.float64)
-    row(
-        f"forgetting exact {models}x{n}",
-        10,
-        {
-            "nabla_tau": (lambda: neurips_forgetting(unlearned, retrained), 1),
-            "numpy": (lambda: numpy_exact_epsilon(unlearned, retrained), 1),
-        },
-        "numpy",
-    )
     few = [a[:, : n // 50] for a in (unlearned, retrained)]
-    row(
-        f"forgetting published rule {models}x{n // 50}",
-        10,
-        {
-            "nabla_tau": (lambda: neurips_forgetting(*few, rule="kaggle", null_samples=1), 1),
-            "numpy": (lambda: numpy_published_epsilon(*few), 1),
-        },
+    yield Case(
+        f"forgetting exact {models}x{n}",
+        "float64",
         "numpy",
+        {
+            "nabla_tau": Provider(lambda: neurips_forgetting(unlearned, retrained)),
+            "numpy": Provider(lambda: numpy_exact_epsilon(unlearned, retrained)),
+        },
+    )
+    yield Case(
+        f"forgetting published rule {models}x{n // 50}",
+        "float64",
+        "numpy",
+        {
+            "nabla_tau": Provider(lambda: neurips_forgetting(*few, rule="kaggle", null_samples=1)),
+            "numpy": Provider(lambda: numpy_published_epsilon(*few)),
+        },
     )
     models, n = (20, 1000) if quick else (100, 60_000)
-    unlearned, retrained = rng.standard_normal((2, models, n), dtype=np.float32)
-    row(
+    clear, fresh = rng.standard_normal((2, models, n), dtype=np.float32)
+    yield Case(
         f"KLOM {models}x{n}",
-        15,
-        {
-            "nabla_tau": (lambda: klom(unlearned, retrained), 1),
-            "numpy": (lambda: numpy_klom(unlearned, retrained), 1),
-            "scipy": (lambda: per_sample_klom(unlearned[:, : n // 100], retrained[:, : n // 100]), 100),
-        },
+        "float32",
         "numpy",
+        {
+            "nabla_tau": Provider(lambda: klom(clear, fresh)),
+            "numpy": Provider(lambda: numpy_klom(clear, fresh)),
+            "scipy": Provider(lambda: per_sample_klom(clear[:, : n // 100], fresh[:, : n // 100]), 100),
+        },
     )
-    return records
-
-
-if __name__ == "__main__":
-    import argparse
-
-    import torch
-    from record import print_table
-
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    started = time.perf_counter()
-    print_table(run("cpu", options.threads, options.quick))
-    print(f"{time.perf_counter() - started:.0f} s")

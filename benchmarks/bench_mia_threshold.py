@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import numpy as np
+from case import Case, Provider
 from numpy.typing import NDArray
-from record import Record, timings
 from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score, roc_curve
 
@@ -118,102 +117,66 @@ def numpy_signals(logits: Array, targets: NDArray[np.int64]) -> Array:
     return np.stack([p.argmax(1) == targets, own, (p * log_p).sum(1), (1 - own) * log_p[index, targets] + rest])
 
 
-def cases(quick: bool) -> dict[str, tuple[str, dict[str, tuple[float, Callable[[], object]]]]]:
-    """Case -> (baseline, provider -> (factor on its time, what to run))."""
+def cases(quick: bool) -> Iterator[Case]:
     rng = np.random.default_rng(0)
     shrink = 50 if quick else 1
-    found = {}
     for n in (50_000 // shrink, 1_000_000 // shrink):
         scores, label = rng.normal(size=n), rng.random(n) < 0.5
-        found[f"roc and auc {n}"] = (
+        yield Case(
+            f"roc and auc {n}",
+            "float64",
             "scikit-learn",
             {
-                "scikit-learn": (1, lambda s=scores, y=label: (roc_curve(y, s), roc_auc_score(y, s))),
-                "numpy": (1, lambda s=scores, y=label: numpy_roc(s, y)),
-                "nabla_tau": (1, lambda s=scores, y=label: roc(s, y)),
+                "nabla_tau": Provider(lambda s=scores, y=label: roc(s, y)),
+                "numpy": Provider(lambda s=scores, y=label: numpy_roc(s, y)),
+                "scikit-learn": Provider(lambda s=scores, y=label: (roc_curve(y, s), roc_auc_score(y, s))),
             },
         )
     n = 25_000 // shrink
     inside, outside = rng.normal(0.5, 1, n), rng.normal(size=n)
-    found[f"bootstrap {REPLICATES} x {2 * n}, auc + tpr"] = (
+    yield Case(
+        f"bootstrap {REPLICATES} x {2 * n}, auc + tpr",
+        "float64",
         "numpy",
         {
-            "numpy": (1, lambda: numpy_bootstrap(inside, outside)),
-            "scikit-learn": (SKLEARN_SHARE, lambda: sklearn_bootstrap(inside, outside)),
-            "nabla_tau": (1, lambda: bootstrap_auc({"m": inside}, {"m": outside}, fpr=[FPR], replicates=REPLICATES)),
+            "nabla_tau": Provider(
+                lambda: bootstrap_auc({"m": inside}, {"m": outside}, fpr=[FPR], replicates=REPLICATES)
+            ),
+            "numpy": Provider(lambda: numpy_bootstrap(inside, outside)),
+            "scikit-learn": Provider(lambda: sklearn_bootstrap(inside, outside), SKLEARN_SHARE),
         },
     )
     a, b = (np.concatenate([inside, outside]) + rng.normal(size=2 * n) for _ in range(2))
-    label = np.arange(2 * n) < n
-    found[f"delong test {2 * n}"] = (
+    half = np.arange(2 * n) < n
+    yield Case(
+        f"delong test {2 * n}",
+        "float64",
         "numpy",
         {
-            "numpy": (1, lambda: numpy_delong(a, b, label)),
-            "scipy midranks": (1, lambda: midrank_delong(a, b, label)),
-            "nabla_tau": (1, lambda: delong_test(a, b, label)),
+            "nabla_tau": Provider(lambda: delong_test(a, b, half)),
+            "numpy": Provider(lambda: numpy_delong(a, b, half)),
+            "scipy midranks": Provider(lambda: midrank_delong(a, b, half)),
         },
     )
     n = 50_000 // shrink
-    scores, member = rng.normal(size=2 * n), np.arange(2 * n) < n
+    losses, member = rng.normal(size=2 * n), np.arange(2 * n) < n
     classes = rng.integers(0, 10, 2 * n)
-    found[f"class thresholds {n} + {n}, C = 10"] = (
+    yield Case(
+        f"class thresholds {n} + {n}, C = 10",
+        "float64",
         "numpy",
         {
-            "numpy": (1, lambda: numpy_class_thresholds(scores, member, classes)),
-            "nabla_tau": (1, lambda: class_thresholds(scores, member, classes)),
+            "nabla_tau": Provider(lambda: class_thresholds(losses, member, classes)),
+            "numpy": Provider(lambda: numpy_class_thresholds(losses, member, classes)),
         },
     )
     logits, targets = 4 * rng.normal(size=(n, 10)).astype(np.float32), rng.integers(0, 10, n)
-    found[f"song-mittal signals {n} x 10"] = (
+    yield Case(
+        f"song-mittal signals {n} x 10",
+        "float32",
         "numpy",
         {
-            "numpy": (1, lambda: numpy_signals(logits, targets)),
-            "nabla_tau": (1, lambda: song_mittal_signals(logits, targets)),
+            "nabla_tau": Provider(lambda: song_mittal_signals(logits, targets)),
+            "numpy": Provider(lambda: numpy_signals(logits, targets)),
         },
     )
-    return found
-
-
-def peak_mb(run: Callable[[], object]) -> float:
-    """Memory that a call needs on top of what is there: the process's high-water mark, set back before it (Linux)."""
-    # Freed memory that the allocator keeps would be taken again unseen.
-    ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    before = _status("VmRSS")
-    run()
-    return (_status("VmHWM") - before) / 1024
-
-
-def _status(field: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(field))
-
-
-def run(device: str, threads: int, quick: bool) -> list[Record]:
-    records = []
-    for case, (baseline, providers) in cases(quick).items():
-        found = timings(
-            {name: call for name, (_, call) in providers.items()}, seconds=0.5 if quick else 8, device=device
-        )
-        scaled = {name: [providers[name][0] * t for t in times] for name, times in found.items()}
-        for name, (p20, p50, p80) in scaled.items():
-            records.append(
-                Record(
-                    bench="mia",
-                    case=case,
-                    provider=name,
-                    device=device,
-                    dtype="float32" if "signals" in case else "float64",
-                    threads=threads,
-                    p20=p20,
-                    p50=p50,
-                    p80=p80,
-                    unit="ms",
-                    peak_mb=peak_mb(providers[name][1]) if threads == 1 else None,
-                    ratio=scaled[baseline][1] / p50,
-                    baseline=baseline,
-                    note=f"{REPLICATES // SKLEARN_SHARE} resamples, scaled" if providers[name][0] > 1 else "",
-                )
-            )
-    return records

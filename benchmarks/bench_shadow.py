@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from record import Record, timings
+from record import Record, records_of, timings
 from torch import nn
 from torch.nn import functional as F
 
@@ -65,21 +65,13 @@ def run(device: str, threads: int, quick: bool) -> list[Record]:
             "ensemble": functools.partial(train_ensemble, make, (x, y), member, epochs=1, batch_size=batch),
         }
         found = timings(providers, seconds=0.5 if quick else 12, device=device)
-        for provider, (p20, p50, p80) in found.items():
-            records.append(
-                Record(
-                    bench="shadow",
-                    case=f"{models} x {name}, one epoch of {samples}",
-                    provider=provider,
-                    device=device,
-                    dtype="float32",
-                    threads=threads,
-                    p20=p20,
-                    p50=p50,
-                    p80=p80,
-                    unit="ms",
-                    ratio=found["loop"][1] / p50,
-                    baseline="loop",
-                )
-            )
+        records += records_of(
+            found,
+            baseline="loop",
+            bench="shadow",
+            case=f"{models} x {name}, one epoch of {samples}",
+            device=device,
+            dtype="float32",
+            threads=threads,
+        )
     return records
