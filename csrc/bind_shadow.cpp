@@ -24,13 +24,13 @@ Membership membership_of(const py::array& group, const Cells<T>& cells) {
     const py::ssize_t width = packed ? (cells.samples + 7) / 8 : cells.samples;
     if (group.ndim() != 2 || group.shape(0) != cells.models || group.shape(1) != width) {
         throw py::value_error("group must be [" + std::to_string(cells.models) + ", " + std::to_string(width) +
-                              "], one row a model, got " + shape_of(group));
+                              "], one row a model, got " + shape_text(group));
     }
     return {static_cast<const char*>(group.data()), group.strides(0), group.strides(1), packed};
 }
 
-std::vector<py::ssize_t> result_shape(const py::array& scores) {
-    std::vector<py::ssize_t> shape(scores.shape(), scores.shape() + scores.ndim());
+Shape result_shape(const py::array& scores) {
+    Shape shape(scores.shape(), scores.shape() + scores.ndim());
     shape[0] = 2;
     return shape;
 }
@@ -45,16 +45,16 @@ py::tuple moments(const py::array& scores, const py::array& group, const Limits&
         const auto shape = result_shape(scores);
         auto square = shape;
         square.push_back(cells.queries);
-        if (joint && scores.ndim() != 3) throw py::value_error("joint moments need [M, N, A], got " + shape_of(scores));
+        if (joint && scores.ndim() != 3) throw py::value_error("joint moments need [M, N, A], got " + shape_text(scores));
         const GroupOptions options{limit, joint, sigmoid};
         KnownMoments before{};
         if (known) {
             const auto& [count, mean, m2, scatter] = *known;
-            before.count = contiguous<std::int32_t>("known count", "int32", count, shape);
-            before.mean = contiguous<double>("known mean", "float64", mean, shape);
-            before.m2 = contiguous<double>("known m2", "float64", m2, shape);
+            before.count = read<std::int32_t>("known count", "int32", count, shape);
+            before.mean = read<double>("known mean", "float64", mean, shape);
+            before.m2 = read<double>("known m2", "float64", m2, shape);
             if (joint != scatter.has_value()) throw py::value_error("known scatter must be given just when joint is");
-            if (joint) before.scatter = contiguous<double>("known scatter", "float64", *scatter, square);
+            if (joint) before.scatter = read<double>("known scatter", "float64", *scatter, square);
         }
         py::array_t<std::int32_t> count(shape);
         py::array_t<double> mean(shape);
@@ -93,8 +93,8 @@ template <class F>
 py::array_t<double> compare(const py::array& unlearned, const py::array& retrained, int num_threads, F f) {
     require_threads(num_threads);
     if (unlearned.ndim() != 2 || retrained.ndim() != 2 || unlearned.shape(1) != retrained.shape(1)) {
-        throw py::value_error("unlearned and retrained must be [M, N] with one N, got " + shape_of(unlearned) +
-                              " and " + shape_of(retrained));
+        throw py::value_error("unlearned and retrained must be [M, N] with one N, got " + shape_text(unlearned) +
+                              " and " + shape_text(retrained));
     }
     if (!unlearned.dtype().is(retrained.dtype()) && !unlearned.dtype().equal(retrained.dtype())) {
         wrong_dtype("retrained", "of the dtype of unlearned", retrained);

@@ -1,46 +1,27 @@
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
+// Statistics on the scores of one model.
 #include <pybind11/stl.h>
 
-#include <cstdint>
-#include <string>
-#include <vector>
+#include <utility>
 
+#include "bind_arrays.h"
 #include "bootstrap.h"
 #include "class_thresholds.h"
+#include "roc.h"
 
-namespace py = pybind11;
-using namespace nabla_tau;
-
+namespace nabla_tau {
 namespace {
-
-// The data of a contiguous 1-D array of T, of `size` values where that is given.
-template <class T>
-const T* column(const char* name, const char* dtype, const py::array& array, py::ssize_t size = -1) {
-    const std::string is = std::string(name) + " must ";
-    if (!py::isinstance<py::array_t<T>>(array)) {
-        throw py::type_error(is + "be " + dtype + ", got " + std::string(py::str(array.dtype())));
-    }
-    if (array.ndim() != 1 || (size >= 0 && array.shape(0) != size)) {
-        throw py::value_error(is + "have shape [" + (size < 0 ? "N" : std::to_string(size)) + "], got " +
-                              std::string(py::str(array.attr("shape"))));
-    }
-    constexpr int kWanted = py::array::c_style | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
-    if ((array.flags() & kWanted) != kWanted) throw py::value_error(is + "be C-contiguous and aligned");
-    return static_cast<const T*>(array.data());
-}
 
 // Calls f with the scores as float or double, whichever they are.
 template <class F>
 auto with_scores(const char* name, const py::array& scores, F f) {
-    if (py::isinstance<py::array_t<float>>(scores)) return f(column<float>(name, "float32", scores));
-    return f(column<double>(name, "float32 or float64", scores));
+    if (holds<float>(scores)) return f(read_column<float>(name, "float32", scores));
+    return f(read_column<double>(name, "float32 or float64", scores));
 }
 
 Ranks rank_arrays(const py::array& members, const py::array& nonmembers) {
     return with_scores("members", members, [&](const auto* in) {
         using Score = std::decay_t<decltype(*in)>;
-        const auto* out = column<Score>("nonmembers", "the dtype of members", nonmembers);
+        const auto* out = read_column<Score>("nonmembers", "the dtype of members", nonmembers);
         const std::int64_t n_in = members.shape(0), n_out = nonmembers.shape(0);
         const py::gil_scoped_release release;
         return rank(in, n_in, out, n_out);
@@ -66,7 +47,7 @@ py::tuple bootstrap_arrays(const std::vector<py::array>& members, const std::vec
                               std::to_string(members.size()) + " and " + std::to_string(nonmembers.size()));
     }
     if (replicates < 0) throw py::value_error("replicates must be at least 0, got " + std::to_string(replicates));
-    if (num_threads < 1) throw py::value_error("num_threads must be at least 1, got " + std::to_string(num_threads));
+    require_threads(num_threads);
     BootstrapJob job{{}, allowed_false, seed, replicates};
     for (std::size_t m = 0; m < members.size(); ++m) {
         if (members[m].size() != members[0].size() || nonmembers[m].size() != nonmembers[0].size()) {
@@ -93,8 +74,8 @@ py::tuple class_threshold_arrays(const py::array& scores, const py::array& label
     }
     const std::vector<ClassThreshold> found = with_scores("scores", scores, [&](const auto* data) {
         const std::int64_t count = scores.shape(0);
-        const bool* label_data = column<bool>("labels", "bool", labels, count);
-        const auto* class_data = column<std::int64_t>("classes", "int64", classes, count);
+        const bool* label_data = read<bool>("labels", "bool", labels, {count});
+        const auto* class_data = read<std::int64_t>("classes", "int64", classes, {count});
         const py::gil_scoped_release release;
         return class_thresholds(data, label_data, class_data, count, n_classes);
     });
@@ -110,9 +91,34 @@ py::tuple class_threshold_arrays(const py::array& scores, const py::array& label
     return py::make_tuple(thresholds, counts);
 }
 
+// An array that owns the numbers.
+py::array_t<double> moved(std::vector<double>&& values) {
+    auto* kept = new std::vector<double>(std::move(values));
+    const py::capsule owner(kept, [](void* given) { delete static_cast<std::vector<double>*>(given); });
+    return py::array_t<double>(static_cast<py::ssize_t>(kept->size()), kept->data(), owner);
+}
+
+py::tuple roc_arrays(const py::array& scores, const py::array& labels) {
+    RocCurve curve = with_scores("scores", scores, [&](const auto* data) {
+        const std::int64_t count = scores.shape(0);
+        const bool* label_data = read<bool>("labels", "bool", labels, {count});
+        const py::gil_scoped_release release;
+        return roc(data, label_data, count);
+    });
+    return py::make_tuple(moved(std::move(curve.fpr)), moved(std::move(curve.tpr)), moved(std::move(curve.thresholds)),
+                          curve.auc);
+}
+
 }  // namespace
 
 void bind_threshold(py::module_& m) {
+    m.def("roc", &roc_arrays, py::arg("scores"), py::arg("labels"),
+          R"(ROC curve and the area under it: (fpr, tpr, thresholds, each [K + 1] float64, auc).
+
+One point for each of the K distinct scores, from the highest down, after (0, 0) at threshold inf. The area is exact
+under ties, which count one half. scores [N] float32 or float64, infinities allowed; labels [N] bool, True for the
+class that should score higher. Raises ValueError for a NaN or when one class is missing.)");
+
     m.def("placements", &placement_arrays, py::arg("members"), py::arg("nonmembers"),
           R"(Placement of each sample in the other group, (of members [M], of nonmembers [N]) float64.
 
@@ -138,3 +144,5 @@ members or without non-members. The last entry is that of all classes together. 
 non-members, and those of either at or above the threshold. scores [N] float32 or float64, labels [N] bool (True:
 member), classes [N] int64 in [0, n_classes). Raises ValueError for NaN and for a class out of range.)");
 }
+
+}  // namespace nabla_tau

@@ -6,15 +6,9 @@
 
 #include "multilabel.h"
 #include "objective.h"
-#include "roc.h"
 #include "simd.h"
 
 using namespace nabla_tau;
-
-namespace nabla_tau {
-void bind_shadow(py::module_& m);
-}
-void bind_threshold(py::module_& m);
 
 namespace {
 
@@ -191,24 +185,6 @@ py::array label_backward(const py::array& logits, const py::array& targets, cons
     });
 }
 
-template <class F>
-auto dispatch_scores(const py::array& scores, const py::array& labels, F f) {
-    if (scores.ndim() != 1) throw py::value_error("scores must be [N], got " + shape_text(scores));
-    const auto count = scores.shape(0);
-    const auto run = [&](const auto* data) {
-        const auto* label_data = read<bool>("labels", "bool", labels, {count});
-        const py::gil_scoped_release release;
-        return f(data, label_data, static_cast<std::int64_t>(count));
-    };
-    if (holds<float>(scores)) return run(read<float>("scores", "float32", scores, {count}));
-    if (holds<double>(scores)) return run(read<double>("scores", "float64", scores, {count}));
-    wrong_dtype("scores", "float32 or float64", scores);
-}
-
-py::array_t<double> to_numpy(const std::vector<double>& values) {
-    return py::array_t<double>(static_cast<py::ssize_t>(values.size()), values.data());
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -278,27 +254,6 @@ logits [N, C] as for rows_forward; targets [N, C] in [0, 1]. Returns the seven s
           py::arg("num_threads") = 1, py::arg("out") = py::none(),
           R"(Row-weighted gradient of multi-label rows, [N, C] in the dtype of logits; weights [N]. Rows of weight 0 get
 zeros. `out` as for rows_backward.)");
-
-    m.def(
-        "auc",
-        [](const py::array& scores, const py::array& labels) {
-            return dispatch_scores(scores, labels, [](auto... args) { return auc(args...); });
-        },
-        py::arg("scores"), py::arg("labels"), R"(Area under the ROC curve, exact under ties (half a win each).
-
-scores [N] float32 or float64, infinities allowed; labels [N] bool, True for the class that should score higher. Raises
-ValueError for a NaN or when one class is missing.)");
-
-    m.def(
-        "roc",
-        [](const py::array& scores, const py::array& labels) {
-            const RocCurve curve = dispatch_scores(scores, labels, [](auto... args) { return roc(args...); });
-            return py::make_tuple(to_numpy(curve.fpr), to_numpy(curve.tpr), to_numpy(curve.thresholds));
-        },
-        py::arg("scores"), py::arg("labels"), R"(ROC curve (fpr, tpr, thresholds), each [K + 1] float64.
-
-One point for each of the K distinct scores, from the highest down, after (0, 0) at threshold inf. Inputs and errors
-as for auc.)");
 
     bind_shadow(m);
     bind_threshold(m);

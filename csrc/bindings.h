@@ -1,66 +1,16 @@
-// What the bindings know of numpy: checks of arrays, and arrays for results.
+// What the bindings of the row kernels know of numpy: logits in any type, and arrays for results.
 #pragma once
 
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
-#include <cstdint>
 #include <memory>
 #include <optional>
-#include <string>
-#include <vector>
 
+#include "bind_arrays.h"
 #include "block_pool.h"
 #include "rows.h"
 
 namespace nabla_tau {
-
-namespace py = pybind11;
-
-using Shape = std::vector<py::ssize_t>;
-
-inline std::string shape_text(const py::array& array) { return py::str(array.attr("shape")); }
-
-template <class T>
-bool holds(const py::array& array) {
-    return py::isinstance<py::array_t<T>>(array);
-}
-
-// bfloat16 comes as the bits of its numbers; float16 is a type that numpy has and C++ has not.
-template <>
-inline bool holds<bfloat16>(const py::array& array) {
-    return holds<std::uint16_t>(array);
-}
-template <>
-inline bool holds<float16>(const py::array& array) {
-    return array.dtype().equal(py::dtype("float16"));
-}
-
-[[noreturn]] inline void wrong_dtype(const char* name, const char* expected, const py::array& array) {
-    throw py::type_error(std::string(name) + " must be " + expected + ", got " + std::string(py::str(array.dtype())));
-}
-
-inline void require_layout(const char* name, const py::array& array, const Shape& shape) {
-    if (!std::equal(shape.begin(), shape.end(), array.shape(), array.shape() + array.ndim())) {
-        const py::tuple expected = py::cast(shape);
-        throw py::value_error(std::string(name) + " must have shape " + std::string(py::str(expected)) + ", got " +
-                              shape_text(array));
-    }
-    constexpr int kWanted = py::array::c_style | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
-    if ((array.flags() & kWanted) != kWanted) {
-        throw py::value_error(std::string(name) + " must be C-contiguous and aligned; its strides are " +
-                              std::string(py::str(array.attr("strides"))));
-    }
-}
-
-template <class T>
-const T* read(const char* name, const char* dtype, const py::array& array, const Shape& shape) {
-    if (!holds<T>(array)) wrong_dtype(name, dtype, array);
-    require_layout(name, array, shape);
-    return static_cast<const T*>(array.data());
-}
 
 // An array in the computing dtype.
 template <class Real>
@@ -71,10 +21,6 @@ const Real* read_real(const char* name, const py::array& array, const Shape& sha
 template <class Real>
 const Real* read_real(const char* name, const std::optional<py::array>& array, const Shape& shape) {
     return array ? read_real<Real>(name, *array, shape) : nullptr;
-}
-
-inline void require_threads(int num_threads) {
-    if (num_threads < 1) throw py::value_error("num_threads must be at least 1, got " + std::to_string(num_threads));
 }
 
 // Calls f with a null pointer of the type in which the logits are stored.

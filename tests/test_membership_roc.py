@@ -269,7 +269,7 @@ def test_bootstrap_takes_what_roc_takes():
     [
         ({"members": [np.zeros(3, np.int64)]}, TypeError, "members must be float32 or float64, got int64"),
         ({"nonmembers": [np.zeros(3, np.float32)]}, TypeError, "nonmembers must be the dtype of members, got float32"),
-        ({"members": [np.zeros((3, 1))]}, ValueError, r"members must have shape \[N\], got \(3, 1\)"),
+        ({"members": [np.zeros((3, 1))]}, ValueError, r"members must be \[N\], got \(3, 1\)"),
         ({"members": [np.zeros(6)[::2]]}, ValueError, "C-contiguous"),
         ({"members": [np.zeros(0)]}, ValueError, "members has 0 values"),
         ({"nonmembers": [np.array([0.0, np.nan])]}, ValueError, r"nonmembers\[1\] is NaN"),

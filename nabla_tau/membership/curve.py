@@ -155,12 +155,9 @@ def roc(scores: object, labels: object) -> RocResult:
         raise ValueError(f"labels need both members and non-members, got {n_members} members of {array.size} samples")
     if np.isnan(array).any():
         raise ValueError(f"scores hold {int(np.isnan(array).sum())} NaN of {array.size} values; they have no rank")
-    fpr, tpr, thresholds = _C.roc(array, member)
-    tp, fp = _calls(tpr, n_members), _calls(fpr, n_nonmembers)
-    # From the curve's counts, which are integers, rather than by a second sort.
-    twice_wins = int(np.diff(tp) @ (2 * n_nonmembers - fp[1:] - fp[:-1]))
+    fpr, tpr, thresholds, auc = _C.roc(array, member)
     return RocResult(
-        auc=twice_wins / (2 * n_members * n_nonmembers),
+        auc=auc,
         fpr=fpr,
         tpr=tpr,
         thresholds=thresholds,

@@ -12,7 +12,7 @@ Array = NDArray[Any]
 
 
 def as_scores(values: object, name: str) -> Array:
-    """`values` as a contiguous 1-D float array (float32 stays float32, everything else becomes float64).
+    """`values` as a contiguous 1-D float array (float16 becomes float32, and all but float32 float64).
 
     Takes CPU tensors, arrays, memory maps and sequences. TypeError for bool, complex and object values, ValueError for
     another shape than [N] and for an empty array.
@@ -27,7 +27,8 @@ def as_scores(values: object, name: str) -> Array:
         raise ValueError(f"{name} must have shape [N], got {list(array.shape)}")
     if array.size == 0:
         raise ValueError(f"{name} is empty")
-    return np.ascontiguousarray(array, dtype=np.float32 if array.dtype == np.float32 else np.float64)
+    short = array.dtype.kind == "f" and array.dtype.itemsize <= 4
+    return np.ascontiguousarray(array, dtype=np.float32 if short else np.float64)
 
 
 def as_same_scores(first: object, first_name: str, second: object, second_name: str) -> tuple[Array, Array]:

@@ -190,9 +190,9 @@ void drive_roc() {
             labels[i] = i % 2;
         }
         const bool* positive = reinterpret_cast<const bool*>(labels.data());
-        const double area = auc(scores.data(), positive, static_cast<std::int64_t>(count));
-        require(area >= 0 && area <= 1, "auc");
-        require(!roc(scores.data(), positive, static_cast<std::int64_t>(count)).fpr.empty(), "roc");
+        const RocCurve curve = roc(scores.data(), positive, static_cast<std::int64_t>(count));
+        require(curve.auc >= 0 && curve.auc <= 1, "auc");
+        require(curve.fpr.back() == 1 && curve.tpr.back() == 1, "roc");
     }
 }
 
