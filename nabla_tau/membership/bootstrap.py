@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from nabla_tau import _C
 from nabla_tau.membership.curve import resolution
-from nabla_tau.membership.outcome import Outcome, axes_or_new
+from nabla_tau.membership.outcome import Outcome, axes_or_new, draw_estimates
 from nabla_tau.membership.scores import Array, as_same_scores, refuse_nan
 
 if TYPE_CHECKING:
@@ -60,12 +60,8 @@ class _Paired(Outcome):
 
     def plot(self, ax: Axes | None = None, *, confidence: float = 0.95) -> Axes:
         """Every model's statistic with its interval."""
-        ax = axes_or_new(ax)
-        for y, name in enumerate(self.replicates):
-            ax.plot(self.interval(name, confidence=confidence), (y, y), color="C0")
-            ax.plot(self.value(name), y, "o", color="C0")
-        ax.set_yticks(range(len(self.replicates)), list(self.replicates))
-        return ax
+        found = {name: (self.value(name), self.interval(name, confidence=confidence)) for name in self.replicates}
+        return draw_estimates(axes_or_new(ax), found)
 
     def _of(self, model: str | Sequence[str]) -> NDArray[np.float64]:
         mean: NDArray[np.float64] = np.mean([self.replicates[name] for name in _names(model)], axis=0)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 
 from nabla_tau.membership.cells import Array, as_cells, blocks
+from nabla_tau.membership.outcome import Outcome, axes_or_new
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True, eq=False)
-class JsResult:
+class JsResult(Outcome):
     """divergence [N] in nats, from 0 (alike) to log 2; NaN where a row of logits holds NaN or +inf."""
+
+    derived = ("orientation", "mean", "n_nan")
 
     divergence: NDArray[np.float64]
 
@@ -31,21 +37,9 @@ class JsResult:
         known = self.divergence[~np.isnan(self.divergence)]
         return float(known.mean()) if known.size else float("nan")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and lists; NaN is None."""
-        return {
-            "divergence": [None if np.isnan(d) else d for d in self.divergence.tolist()],
-            "orientation": self.orientation,
-            "mean": None if np.isnan(self.mean) else self.mean,
-            "n_nan": self.n_nan,
-        }
-
-    def plot(self, ax: Any = None) -> Any:
-        """Histogram over samples; returns the axes."""
-        if ax is None:
-            from matplotlib import pyplot
-
-            ax = pyplot.subplots()[1]
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Histogram over samples."""
+        ax = axes_or_new(ax)
         ax.hist(self.divergence[~np.isnan(self.divergence)], bins=50)
         ax.set_xlabel("Jensen-Shannon divergence of outputs, nats")
         return ax

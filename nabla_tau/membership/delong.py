@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nabla_tau import _C
-from nabla_tau.membership.outcome import Outcome
+from nabla_tau.membership.outcome import Outcome, axes_or_new, draw_estimates
 from nabla_tau.membership.scores import as_labels, as_same_scores
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,13 @@ class DelongResult(Outcome):
     n_members: int
     n_nonmembers: int
     orientation: str = "higher scores mean members"
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The difference with its interval; 0 is no difference."""
+        found = {f"{self.auc_a:.3f} - {self.auc_b:.3f}": (self.difference, self.interval)}
+        ax = draw_estimates(axes_or_new(ax), found, reference=0)
+        ax.set_xlabel("difference in AUC")
+        return ax
 
 
 def delong_test(scores_a: object, scores_b: object, labels: object, *, confidence: float = 0.95) -> DelongResult:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nabla_tau import _C
 from nabla_tau.membership.cells import as_cells, threads
+from nabla_tau.membership.outcome import Outcome, axes_or_new
 from nabla_tau.membership.relabelling import relabelled
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Doubles = NDArray[np.float64]
 
@@ -21,12 +25,14 @@ _BIN = 0.5
 
 
 @dataclass(frozen=True, eq=False)
-class ForgettingResult:
+class ForgettingResult(Outcome):
     """epsilon [N]: what the best attack on a sample shows, NaN where none errs on both sides; H [N]: its points,
     1, 1/2, 1/4 ... for each half unit of epsilon and 0 beyond what so many models can show. F: mean of H times
     `utility`; higher is better forgotten. F_null: F of a method that is as good as retraining, from relabelled models,
     with its 95 % interval: compare F with it, not with 1. resolution: the largest finite epsilon of so many models.
     """
+
+    derived = ("orientation", "resolution", "resolvable")
 
     epsilon: Doubles
     H: Doubles
@@ -57,34 +63,9 @@ class ForgettingResult:
         """Whether so many models leave room for more than two steps of points."""
         return self.resolution >= 2 * _BIN
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and lists; NaN is None."""
-        return {
-            "epsilon": _plain(self.epsilon),
-            "H": _plain(self.H),
-            "orientation": self.orientation,
-            "F": _number(self.F),
-            "F_null": _number(self.F_null),
-            "F_null_interval": [_number(bound) for bound in self.F_null_interval],
-            "utility": self.utility,
-            "rule": self.rule,
-            "delta": self.delta,
-            "resolution": self.resolution,
-            "resolvable": self.resolvable,
-            "n_unlearned": self.n_unlearned,
-            "n_retrained": self.n_retrained,
-            "n_undecided": self.n_undecided,
-            "n_dropped": self.n_dropped,
-            "n_null": self.n_null,
-            "random_state": self.random_state,
-        }
-
-    def plot(self, ax: Any = None) -> Any:
-        """Histogram of epsilon over samples; returns the axes."""
-        if ax is None:
-            from matplotlib import pyplot
-
-            ax = pyplot.subplots()[1]
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Histogram of epsilon over samples."""
+        ax = axes_or_new(ax)
         ax.hist(np.minimum(self.epsilon[~np.isnan(self.epsilon)], self.resolution + 1), bins=40)
         ax.set_xlabel("epsilon of the best attack on a sample")
         ax.set_title(f"F = {self.F:.3f}, of a perfect method {self.F_null:.3f}")
@@ -168,11 +149,3 @@ def _mean_sd(points: Doubles) -> tuple[float, float, int]:
 
 def _not_finite(margins: NDArray[Any]) -> int:
     return sum(int(row.size - np.isfinite(row).sum()) for row in margins)
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _plain(values: Doubles) -> list[float | None]:
-    return [_number(value) for value in values.tolist()]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nabla_tau import _C
 from nabla_tau.membership.cells import Array, as_cells, as_group, blocks, threads
+from nabla_tau.membership.outcome import axes_or_new
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Center = Literal["mean", "median"]
 Doubles = NDArray[np.float64]
@@ -103,12 +107,9 @@ class GroupStats:
             "n_dropped": self.n_dropped,
         }
 
-    def plot(self, ax: Any = None) -> Any:
-        """Center of the scores with the sample against that without it, a point a sample; returns the axes."""
-        if ax is None:
-            from matplotlib import pyplot
-
-            ax = pyplot.subplots()[1]
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Center of the scores with the sample against that without it, a point a sample."""
+        ax = axes_or_new(ax)
         out, with_it = (self.center_values[g].reshape(self.shape[0], -1)[:, 0] for g in (0, 1))
         ax.plot(out, with_it, ".", markersize=2)
         ax.axline((0, 0), slope=1, color="grey", linewidth=0.8)

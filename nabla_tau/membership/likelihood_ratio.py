@@ -34,6 +34,8 @@ class LiraResult(AttackScores):
     found.
     """
 
+    derived = (*AttackScores.derived, "n_floored")
+
     mode: Mode
     variance: Rule
     queries: Literal["mean", "joint"]
@@ -47,23 +49,9 @@ class LiraResult(AttackScores):
     floor: tuple[float, float]
     prior: tuple[Prior, Prior] | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and lists; a sample without a score has None."""
-        return {
-            "score": [None if math.isnan(s) else s for s in self.score.tolist()],
-            "orientation": self.orientation,
-            "mode": self.mode,
-            "variance": self.variance,
-            "queries": self.queries,
-            "center": self.center,
-            "compat": self.compat,
-            "n_in": self.n_in.tolist(),
-            "n_out": self.n_out.tolist(),
-            "n_nan": self.n_nan,
-            "n_too_few": self.n_too_few,
-            "n_dropped": self.n_dropped,
-            "n_floored": int(self.floored.sum()),
-        }
+    @property
+    def n_floored(self) -> int:
+        return int(self.floored.sum())
 
 
 def lira(

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nabla_tau.membership.outcome import Outcome, axes_or_new, draw_estimates
 from nabla_tau.membership.scores import as_scores, clip_finite
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MIN_SAMPLES = 20
 N_SPLITS = 10
 
 
 @dataclass(frozen=True)
-class MiaResult:
+class MiaResult(Outcome):
     """Accuracy of the simple attack over its ten splits; 1/2 is chance, and below 1/2 is chance too.
 
     n: samples taken of each class after balancing; n_non_finite: values clipped to the finite range before that;
@@ -31,8 +35,10 @@ class MiaResult:
     converged: bool
     random_state: int
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Mean accuracy and one standard deviation of the splits to either side; 1/2 is chance."""
+        found = {"accuracy": (self.accuracy, (self.accuracy - self.std, self.accuracy + self.std))}
+        return draw_estimates(axes_or_new(ax), found, reference=0.5)
 
 
 def simple_mia(members: object, nonmembers: object, *, random_state: int = 0) -> MiaResult:

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nabla_tau import _C
 from nabla_tau.membership.cells import Array, as_cells, threads
+from nabla_tau.membership.outcome import Outcome, axes_or_new
 from nabla_tau.membership.relabelling import relabelled
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Histograms are as sure of a bin without retrained models as if they had seen this share of them there.
 _FLOOR = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
-class KlomResult:
+class KlomResult(Outcome):
     """divergence [N] in nats, 0: distributed alike; NaN where a group has no margin. null [K]: the same of relabelled
     models, what a perfect method would show with so many models; it is well above 0. n_dropped: margins that are NaN.
     """
+
+    derived = ("orientation", "mean", "quantile_95", "null_mean", "n_nan")
 
     divergence: NDArray[np.float64]
     null: NDArray[np.float64]
@@ -42,32 +48,22 @@ class KlomResult:
     def null_mean(self) -> float:
         return _quiet_mean(self.null)
 
+    @property
+    def n_nan(self) -> int:
+        return int(np.isnan(self.divergence).sum())
+
+    @property
+    def quantile_95(self) -> float:
+        return self.quantile()
+
     def quantile(self, share: float = 0.95) -> float:
         """The divergence that `share` of the samples stay below, as the paper reports."""
         known = self.divergence[~np.isnan(self.divergence)]
         return float(np.quantile(known, share)) if known.size else math.nan
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and lists; NaN is None."""
-        return {
-            "divergence": [None if math.isnan(d) else d for d in self.divergence.tolist()],
-            "orientation": self.orientation,
-            "mean": self.mean if math.isfinite(self.mean) else None,
-            "quantile_95": self.quantile() if math.isfinite(self.quantile()) else None,
-            "null_mean": self.null_mean if math.isfinite(self.null_mean) else None,
-            "n_unlearned": self.n_unlearned,
-            "n_retrained": self.n_retrained,
-            "n_nan": int(np.isnan(self.divergence).sum()),
-            "n_dropped": self.n_dropped,
-            "random_state": self.random_state,
-        }
-
-    def plot(self, ax: Any = None) -> Any:
-        """Histograms of the divergence and of that of relabelled models; returns the axes."""
-        if ax is None:
-            from matplotlib import pyplot
-
-            ax = pyplot.subplots()[1]
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Histograms of the divergence and of that of relabelled models."""
+        ax = axes_or_new(ax)
         parts = [values[~np.isnan(values)] for values in (self.divergence, self.null)]
         ax.hist(parts, bins=50, histtype="step", density=True, label=["unlearned", "relabelled"])
         ax.set_xlabel("KL divergence of margins")

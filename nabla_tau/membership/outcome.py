@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -16,9 +16,13 @@ if TYPE_CHECKING:
 class Outcome:
     """Base of the frozen dataclasses that statistics return."""
 
+    # Properties that `to_dict` gives beside the fields.
+    derived: ClassVar[tuple[str, ...]] = ()
+
     def to_dict(self) -> dict[str, Any]:
-        """Its fields in plain JSON types; NaN and infinity are None."""
-        return {f.name: plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+        """Its fields, and what follows from them, in plain JSON types; NaN and infinity are None."""
+        names = [*(f.name for f in fields(self)), *self.derived]  # type: ignore[arg-type]
+        return {name: plain(getattr(self, name)) for name in names}
 
 
 def plain(value: Any) -> Any:
@@ -34,6 +38,21 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value
+
+
+def draw_estimates(
+    ax: Axes, estimates: Mapping[str, tuple[float, tuple[float, float] | None]], *, reference: float | None = None
+) -> Axes:
+    """A line for each (value, interval or None), the first on top, and `reference` across; NaN is not drawn."""
+    for y, (value, interval) in enumerate(estimates.values()):
+        if interval is not None:
+            ax.plot(interval, (y, y), color="C0")
+        ax.plot(value, y, "o", color="C0")
+    if reference is not None:
+        ax.axvline(reference, color="grey", linestyle=":")
+    ax.set_yticks(range(len(estimates)), list(estimates))
+    ax.set_ylim(len(estimates) - 0.5, -0.5)
+    return ax
 
 
 def axes_or_new(ax: Axes | None) -> Axes:

@@ -11,14 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nabla_tau.membership.curve import roc
-from nabla_tau.membership.outcome import Outcome
+from nabla_tau.membership.outcome import Outcome, axes_or_new, draw_estimates
 from nabla_tau.membership.scores import Array, as_labels, as_scores, refuse_nan
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _LARGEST_EPSILON = 50.0
 
@@ -48,6 +51,13 @@ class EpsilonBound(Outcome):
     tests: int
     random_state: int | None
     orientation: str = "higher scores mean members"
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """From the bound to what could have been shown at most, or to the end of the Bayesian interval."""
+        most = self.ceiling if self.upper is None else self.upper
+        ax = draw_estimates(axes_or_new(ax), {self.method: (self.epsilon, (self.epsilon, most))})
+        ax.set(xlim=(0, None), xlabel=f"epsilon at delta {self.delta:g}, confidence {self.confidence:g}")
+        return ax
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,23 +38,6 @@ class RmiaResult(AttackScores):
     n_out: NDArray[np.int32]
     n_population: int
     n_population_dropped: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and lists; a sample without a score has None."""
-        return {
-            "score": [None if math.isnan(s) else s for s in self.score.tolist()],
-            "ratio": [s if math.isfinite(s) else None for s in self.ratio.tolist()],
-            "orientation": self.orientation,
-            "mode": self.mode,
-            "gamma": self.gamma,
-            "a": self.a,
-            "tuning": None if self.tuning is None else {str(a): auc for a, auc in self.tuning.items()},
-            "n_in": self.n_in.tolist(),
-            "n_out": self.n_out.tolist(),
-            "n_nan": self.n_nan,
-            "n_population": self.n_population,
-            "n_population_dropped": self.n_population_dropped,
-        }
 
 
 def rmia(

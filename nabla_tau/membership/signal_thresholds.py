@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nabla_tau.membership.outcome import Outcome, axes_or_new
+from nabla_tau.membership.outcome import Outcome, axes_or_new, draw_estimates
 from nabla_tau.membership.scores import Array, as_classes, as_matrix
 from nabla_tau.membership.thresholds import ThresholdAttack, class_thresholds, rule_outcome
 
@@ -51,12 +51,8 @@ class SongMittalResult(Outcome):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Advantage of each attack with its interval."""
-        ax = axes_or_new(ax)
-        for y, attack in enumerate(self.attacks.values()):
-            ax.plot(attack.interval, (y, y), color="C0")
-            ax.plot(attack.advantage, y, "o", color="C0")
-        ax.axvline(0, color="grey", linestyle=":")
-        ax.set_yticks(range(len(self.attacks)), list(self.attacks))
+        found = {name: (attack.advantage, attack.interval) for name, attack in self.attacks.items()}
+        ax = draw_estimates(axes_or_new(ax), found, reference=0)
         ax.set_xlabel("advantage, TPR - FPR")
         return ax
 

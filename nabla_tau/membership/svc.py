@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nabla_tau.membership.outcome import Outcome
+from nabla_tau.membership.outcome import Outcome, axes_or_new, draw_estimates
 from nabla_tau.membership.scores import Array, as_matrix, as_scores, clip_finite
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,17 @@ class SvcMiaResult(Outcome):
     n_non_finite: int
     confidence: float
     random_state: int
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Efficacy with its interval, between the shares called member that it has to be read against."""
+        found = {
+            "retain called member": (self.retain_rate, None),
+            "forgotten called non-member": (self.efficacy, self.interval),
+            "test called member": (self.test_rate, None),
+        }
+        ax = draw_estimates(axes_or_new(ax), found)
+        ax.set(xlim=(0, 1), xlabel="share")
+        return ax
 
 
 def svc_mia(

@@ -6,14 +6,19 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nabla_tau.membership.attack_scores import draw_scores
 from nabla_tau.membership.bootstrap import AucBootstrap, percentile_interval
-from nabla_tau.membership.outcome import Outcome
+from nabla_tau.membership.outcome import Outcome, axes_or_new, draw_estimates
 from nabla_tau.membership.scores import as_labels, as_matrix, as_same_scores, as_scores
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Logits worked on at one time by `token_statistics`.
 _CHUNK_ELEMENTS = 1 << 22
@@ -33,6 +38,10 @@ class TextScores(Outcome):
     n_tokens: NDArray[np.int64]
     n_nan: int
     orientation: str = "higher scores mean members"
+
+    def plot(self, ax: Axes | None = None, *, members: object = None) -> Axes:
+        """Histogram of the scores, of `members` [N] and others apart if they are known."""
+        return draw_scores(axes_or_new(ax), self.score, members, self.orientation)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +147,12 @@ class PrivLeakResult(Outcome):
     random_state: int | None = None
     orientation: str = "AUC above 1/2: members score higher"
 
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The value with its interval; 0 is a retrained model."""
+        ax = draw_estimates(axes_or_new(ax), {"PrivLeak": (self.value, self.interval)}, reference=0)
+        ax.set_xlabel("percent: below 0 under-unlearned, above 0 over-unlearned")
+        return ax
+
 
 def privleak(auc: float, auc_retrained: float) -> PrivLeakResult:
     """PrivLeak of MUSE (Shi et al. 2025), 100 ((1 - AUC) - (1 - AUC_ref)) / (1 - AUC_ref), from AUCs of forgotten
@@ -199,6 +214,13 @@ class KsResult(Outcome):
     n_unlearned: int
     n_retrained: int
     n_nan: int
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The p-value on a logarithmic axis down to the smallest that these sample sizes can give, with 0.05 across."""
+        found = {"KS": (self.p_value, (self.smallest_p_value, 1.0))}
+        ax = draw_estimates(axes_or_new(ax), found, reference=0.05)
+        ax.set(xscale="log", xlabel="p-value; small: told from a retrained model")
+        return ax
 
 
 def ks_quality(unlearned: object, retrained: object) -> KsResult:

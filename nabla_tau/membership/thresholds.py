@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nabla_tau import _C
-from nabla_tau.membership.outcome import Outcome, axes_or_new
+from nabla_tau.membership.outcome import Outcome, axes_or_new, draw_estimates
 from nabla_tau.membership.scores import as_classes, as_labels, as_same_scores, as_scores
 
 if TYPE_CHECKING:
@@ -38,6 +38,11 @@ class ThresholdAttack(Outcome):
     n_nonmembers: int
     n_nan: int
     confidence: float
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Advantage with its interval, and the two rates that it is the difference of."""
+        found = {"advantage": (self.advantage, self.interval), "TPR": (self.tpr, None), "FPR": (self.fpr, None)}
+        return draw_estimates(axes_or_new(ax), found, reference=0)
 
 
 @dataclass(frozen=True, eq=False)
