@@ -27,12 +27,13 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/run.py rows --quick
 	$(BIN)/python benchmarks/run.py linear_rows --quick
 
-# The kernels without Python: under AddressSanitizer and UndefinedBehaviorSanitizer, and their threads under
-# ThreadSanitizer. Needs g++ only; -j2 builds both at once.
+# The kernels without Python, and random jobs for the statistics, under AddressSanitizer and
+# UndefinedBehaviorSanitizer, and their threads under ThreadSanitizer. Needs g++ only; -j2 builds both at once.
+# More random jobs: build/sanitize-address,undefined FIRST ROUNDS
 sanitize: build/sanitize-address,undefined build/sanitize-thread
 	for program in $^; do ./$$program || exit 1; done
 
-build/sanitize-%: tests/cpp/drive.cpp $(wildcard csrc/*)
+build/sanitize-%: $(wildcard tests/cpp/*) $(wildcard csrc/*)
 	mkdir -p build
 	$(CXX) -std=c++17 -O1 -g -fwrapv -Wall -Wextra -Wno-unknown-pragmas -DNABLA_TAU_BASELINE -DNABLA_TAU_STD_THREADS \
 		-fsanitize=$* -fno-sanitize-recover=all -pthread $(filter-out csrc/bind%,$(filter %.cpp,$^)) -o $@

@@ -202,16 +202,24 @@ def cases(quick: bool) -> Iterator[Case]:
     group = rng.random((models, n_x)) < 0.5
     inputs = (chances[0], chances[1], group, chances[2], chances[3])
     part = (chances[0][: n_x // 20], chances[1][:, : n_x // 20], group[:, : n_x // 20], *chances[2:])
+    name = f"{n_x} against {n_z}, {models} references"
     yield Case(
-        f"RMIA {n_x} against {n_z}, {models} references",
+        f"RMIA, probabilities, {name}",
         "float32",
         "numpy",
         {
             "nabla_tau": Provider(lambda: rmia(*inputs, signal="probability")),
-            "nabla_tau margins": Provider(lambda: rmia(*inputs)),
             "numpy": Provider(lambda: numpy_rmia(*inputs)),
-            "numpy margins": Provider(lambda: numpy_rmia(*[a if a.dtype == bool else expit(a) for a in inputs])),
             "numpy pairs": Provider(lambda: pairwise_rmia(*part), 20),
+        },
+    )
+    yield Case(
+        f"RMIA, margins, {name}",
+        "float32",
+        "numpy",
+        {
+            "nabla_tau": Provider(lambda: rmia(*inputs)),
+            "numpy": Provider(lambda: numpy_rmia(*[a if a.dtype == bool else expit(a) for a in inputs])),
         },
     )
     models, n = (64, 100) if quick else (512, 5000)

@@ -23,6 +23,7 @@
 #include "../../csrc/objective.h"
 #include "../../csrc/roc.h"
 #include "../../csrc/simd.h"
+#include "fuzz.h"
 
 using namespace nabla_tau;
 
@@ -316,7 +317,12 @@ void drive_pool() {
 
 }  // namespace
 
-int main() {
+// Without arguments all of it and some rounds of fuzzing; with two, only the fuzzing from round FIRST on.
+int main(int argc, char** argv) {
+    if (argc == 3) {
+        fuzz(std::strtoull(argv[1], nullptr, 10), std::strtoull(argv[2], nullptr, 10));
+        return 0;
+    }
     drive<float>();
     drive<double>();
     drive<float16>();
@@ -328,5 +334,6 @@ int main() {
     drive_shadows<float16>();
     drive_targets();
     drive_pool();
+    fuzz(0, 100);
     std::printf("every kernel ran at %s\n", simd_level());
 }
