@@ -33,6 +33,7 @@ BENCHES = {  # module and function, imported when asked for: each needs other pa
     "linear_rows": ("bench_linear_rows", "run"),
     "mia": ("bench_mia", "run"),
     "shadow": ("bench_shadow", "run"),
+    "step": ("bench_step", "run"),
     "quality": ("bench_quality", "run"),
     "examples": ("bench_quality", "run_examples"),
 }

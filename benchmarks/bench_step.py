@@ -1,0 +1,145 @@
+"""step: one step of the published recipe: as published, the best plain PyTorch, and the engine.
+
+"as published": two DataLoaders, two forwards, default AdamW. "plain": what a good engineer writes: one mixed batch
+gathered from tensors, forget rows first, one forward and backward, fused AdamW; channels_last where the model has
+convolutions; "plain, compiled" with torch.compile besides. The engine's step is that of `unlearn`. All at 256 forget
+and 256 retain samples of the same data; each provider has its own model, and they take turns.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from record import Record, peak_mb, records_of, timings
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from nabla_tau.demo import fashion_mnist, small_cnn
+from nabla_tau.sources import Stream, as_source
+from nabla_tau.unlearner import Unlearner
+
+BATCH, ALPHA, TAU = 256, 0.25, 2.0
+Samples = tuple[Tensor, Tensor]
+
+
+class Workload(NamedTuple):
+    name: str
+    model: Callable[[], nn.Module]
+    forget: Samples
+    retain: Samples
+
+
+def fashion_cnn(fraction: float) -> Workload:
+    x, y = fashion_mnist()
+    x, y = x[:6000], y[:6000]
+    cut = round(fraction * len(x))
+    name = f"CNN, Fashion-MNIST, {fraction:.0%}"
+    return Workload(name, small_cnn, (x[:cut], y[:cut]), (x[cut:], y[cut:]))
+
+
+def table_mlp(fraction: float) -> Workload:
+    """As examples/tabular.py's: 22 columns, 5 classes."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(6000, 22, generator=generator), torch.randint(5, (6000,), generator=generator)
+    cut = round(fraction * len(x))
+
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(22, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 5))
+
+    return Workload(f"MLP, table, {fraction:.0%}", model, (x[:cut], y[:cut]), (x[cut:], y[cut:]))
+
+
+def endless(make: Callable[[], Any]) -> Iterator[Any]:
+    while True:
+        yield from make()
+
+
+def objective(forget: Tensor, retain: Tensor) -> Tensor:
+    return ALPHA * F.relu(TAU - forget) ** 2 + (1 - ALPHA) * retain
+
+
+def as_published(model: nn.Module, work: Workload) -> Callable[[], None]:
+    def loader(data: Samples) -> Iterator[Samples]:
+        return endless(lambda: DataLoader(TensorDataset(*data), BATCH, shuffle=True))
+
+    forget, retain = loader(work.forget), loader(work.retain)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def step() -> None:
+        losses = [F.cross_entropy(model(x), y) for x, y in (next(forget), next(retain))]
+        optimizer.zero_grad()
+        objective(*losses).backward()
+        optimizer.step()
+
+    return step
+
+
+def plain(model: nn.Module, work: Workload, *, compiled: bool = False) -> Callable[[], None]:
+    images = work.forget[0].ndim == 4
+    if images:
+        model = model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    call = torch.compile(model) if compiled else model
+    x, y = (torch.cat(pair) for pair in zip(work.forget, work.retain, strict=True))
+    n_forget, n = len(work.forget[0]), len(x)
+
+    def order(first: int, last: int) -> Iterator[Tensor]:
+        return endless(lambda: torch.split(first + torch.randperm(last - first), BATCH))
+
+    forget, retain = order(0, n_forget), order(n_forget, n)
+
+    def step() -> None:
+        a, b = next(forget), next(retain)
+        index = torch.cat((a, b))
+        inputs = x[index]
+        if images:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        losses = F.cross_entropy(call(inputs), y[index], reduction="none")
+        optimizer.zero_grad()
+        objective(losses[: len(a)].mean(), losses[len(a) :].mean()).backward()
+        optimizer.step()
+
+    return step
+
+
+def engine(model: nn.Module, work: Workload) -> Callable[[], None]:
+    unlearner = Unlearner(model, alpha=ALPHA, tau=TAU)
+    forget, retain = (
+        Stream(as_source(data, name), BATCH, 0, role)
+        for role, (name, data) in enumerate((("forget", work.forget), ("retain", work.retain)))
+    )
+
+    def step() -> None:
+        unlearner.step(forget.next(), retain.next())
+
+    return step
+
+
+def run(device: str, threads: int, quick: bool) -> Iterator[Record]:
+    fractions = (0.15,) if quick else (0.03, 0.15, 0.30)
+    for work in (make(fraction) for make in (fashion_cnn, table_mlp) for fraction in fractions):
+        torch.manual_seed(0)
+        model = work.model().eval()
+        steps = {
+            "as published": as_published(copy.deepcopy(model), work),
+            "plain": plain(copy.deepcopy(model), work),
+            "plain, compiled": plain(copy.deepcopy(model), work, compiled=True),
+            "nabla_tau": engine(copy.deepcopy(model), work),
+        }
+        found = timings(steps, seconds=1 if quick else 20, device=device, queued=False)
+        peaks = {name: peak_mb(step, device) for name, step in steps.items()}
+        for baseline in ("as published", "plain"):
+            yield from records_of(
+                found,
+                baseline=baseline,
+                peaks=peaks,
+                bench="step",
+                case=work.name,
+                device=device,
+                dtype="float32",
+                threads=threads,
+            )
