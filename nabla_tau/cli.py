@@ -42,6 +42,9 @@ def make_parser() -> ArgumentParser:
     run.add_argument("--weights", type=Path, required=True, help="trained weights: .safetensors or .pt of tensors")
     run.add_argument("--out", type=Path, required=True, help="new .safetensors; an existing file is never overwritten")
     run.add_argument("--recipe", type=str, default="default", help="default or paper")
+    run.add_argument(
+        "--performance", type=str, default="auto", choices=["auto", "off"], help="off: run the model just as it is"
+    )
     run.add_argument("--seed", type=int, default=0, help="of the data order and the noise")
     run.add_argument("--checkpoint", type=Path | None, default=None, help="file to go on from after an interruption")
     run.add_argument("--resume", action="store_true", help="go on from the checkpoint where there is one")

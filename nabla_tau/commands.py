@@ -22,6 +22,7 @@ from nabla_tau.checkpoint import sha256
 from nabla_tau.demo import run_demo
 from nabla_tau.loop import unlearn
 from nabla_tau.outputs import check_json, check_outputs, write_json
+from nabla_tau.performance import autocast_dtype
 from nabla_tau.recipes import RECIPES
 from nabla_tau.result import NonFiniteLossError, UnlearnResult
 from nabla_tau.shadow_commands import run_shadow
@@ -61,6 +62,7 @@ def run_unlearn(args: Namespace) -> None:
                 model,
                 **sets,
                 recipe=args.recipe,
+                performance=args.performance,
                 forward=task.forward,
                 loss=task.loss,
                 seed=args.seed,
@@ -164,6 +166,12 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def _autocasts() -> list[str]:
+    """Devices on which float32 models run under autocast."""
+    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return [f"bfloat16 on {name}" for name in devices if autocast_dtype(nn.Linear(1, 1, device=name)) is not None]
+
+
 def env(args: Namespace) -> None:
     devices = ["cpu", *(f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count()))]
     cpp = ", ".join(str(dtype).removeprefix("torch.") for dtype in CPP_DTYPES)
@@ -174,6 +182,10 @@ def env(args: Namespace) -> None:
             "cpu": f"C++ ({_C.simd_level()}) for {cpp}",
             "cuda": "Triton" if has_triton() else "plain PyTorch: Triton is not installed",
             "other devices": "plain PyTorch (nabla_tau.kernels.reference)",
+        },
+        "performance": {
+            "auto": "frozen BatchNorm folded, pooling before ReLU, channels_last, fused AdamW",
+            "autocast": ", ".join(_autocasts()) or "none: no GPU with bfloat16",
         },
         "threads": {"torch": torch.get_num_threads(), "openmp": _C.openmp_max_threads()},
         "recipes": {name: repr(recipe) for name, recipe in RECIPES.items()},

@@ -9,7 +9,7 @@ import math
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,7 @@ def unlearn(
     resume: bool = False,
     log: Log | None = None,
     progress: bool = False,
+    performance: Literal["auto", "off"] = "auto",
 ) -> UnlearnResult:
     """Remove the influence of `forget` from a trained model, keeping what `retain` taught it.
 
@@ -69,7 +70,8 @@ def unlearn(
     written atomically every `checkpoint_every` steps (default: as often as tau is measured); resume=True goes on from
     it where it exists, and gives the very weights that an uninterrupted run gives (on the CPU; a data set whose own
     random state, or that of persistent workers, goes on from pass to pass cannot be resumed). log: called as
-    log(values, step) for every step, some steps late. progress: a bar on a terminal.
+    log(values, step) for every step, some steps late. progress: a bar on a terminal. performance: "auto" runs the
+    model in a faster form, the same but for rounding (`nabla_tau.performance`), "off" as it is.
 
     Raises TypeError and ValueError for data, labels or settings that do not fit, before anything is changed;
     NonFiniteLossError, with the last good weights, when a loss becomes nan or infinite.
@@ -98,7 +100,7 @@ def unlearn(
         if not inplace:
             model = copy.deepcopy(model)
         with evaluation_mode(model):
-            run = _Run(model, data, recipe, forward, loss, seed, History(log))
+            run = _Run(model, data, recipe, forward, loss, seed, History(log), performance)
             result = run.execute(path, checkpoint_every, progress)
     for message in result.warnings:
         warnings.warn(message, stacklevel=2)
@@ -121,9 +123,10 @@ class _Run:
         loss: SampleLoss | None,
         seed: int,
         history: History,
+        performance: str,
     ) -> None:
         self.model, self.data, self.recipe = model, data, recipe
-        self.forward, self.loss, self.seed, self.history = forward, loss, seed, history
+        self.loss, self.seed, self.history = loss, seed, history
         self.warnings = list(data.warnings)
         self.target_kind = data.kind
         if not recipe.match_classes:
@@ -154,7 +157,11 @@ class _Run:
             learning_rate=learning_rate,
             forward=forward,
             loss=loss,
+            performance=performance,
         )
+        if performance == "auto":
+            self.unlearner.performance.look(next(iter(data.retain.sample(2, 2, seed))))
+        self.forward = self.unlearner.performance.forward_alone
         self.forget_stream = Stream(data.forget, forget_size, seed, FORGET)
         self.retain_stream = Stream(data.retain, size, seed, RETAIN)
         self.step = 0
@@ -284,6 +291,7 @@ class _Run:
             "tau_every_steps": plan.tau_every,
             "gate_open_fraction": _mean(self.history.columns["gate_open"]),
             "forwards": unlearner.forwards,
+            **unlearner.performance.settings(),
             "optimizer": type(unlearner.optimizer).__name__,
             "trainable_parameters": sum(p.numel() for p in unlearner.parameters),
             "row_kernel": "loss function of the caller" if data.task is None else row_provider(parameter),
@@ -310,7 +318,8 @@ class _Run:
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to belong to this run."""
-        return {"recipe": repr(self.recipe), "seed": self.seed, "steps": self.plan.steps} | self.data.fingerprints
+        own = {"recipe": repr(self.recipe), "seed": self.seed, "steps": self.plan.steps}
+        return own | {"performance": self.unlearner.performance.mode} | self.data.fingerprints
 
     def state_dict(self) -> dict[str, Any]:
         return {

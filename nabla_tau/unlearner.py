@@ -12,7 +12,6 @@ from nabla_tau.batch import (
     Batch,
     Forward,
     concatenate,
-    default_forward,
     tensors_of,
     to_device,
     uses_batch_statistics,
@@ -22,6 +21,7 @@ from nabla_tau.functional import has_loss
 from nabla_tau.kernels.reference import compute_dtype
 from nabla_tau.loss import as_target, check_gate, nabla_tau_terms
 from nabla_tau.objective import QUANTILES, Gate, Target, Terms, mean_rank, objective
+from nabla_tau.performance import Performance
 
 HOLD_SAMPLES = 64  # forget samples that the running mean rank spans
 MIXED = "one mixed forward and backward"
@@ -53,7 +53,8 @@ class Unlearner:
     at most c times the norm of the retain part, g = g_r + min(1, c |g_r| / |g_f|) g_f. hold: leave the forget part out
     while the running mean rank of the forget losses among the held-out losses is 0.5 or more. optimizer: default AdamW
     over the trainable parameters with `learning_rate` and weight decay 0.01. forward: (model, batch) -> (logits,
-    targets). loss: (logits, targets) -> per-sample losses [B], instead of the cross-entropies.
+    targets). loss: (logits, targets) -> per-sample losses [B], instead of the cross-entropies. performance: "auto", or
+    "off" to run the model just as it is (`nabla_tau.performance` says what "auto" does).
 
     Forget and retain samples go through the model as one batch where that is exact. It is not where BatchNorm uses
     batch statistics, where the two batches cannot be concatenated, or where the first batch shows that samples
@@ -76,6 +77,7 @@ class Unlearner:
         optimizer: torch.optim.Optimizer | None = None,
         forward: Forward | None = None,
         loss: SampleLoss | None = None,
+        performance: str = "auto",
     ) -> None:
         check_gate(gate, power)
         if balance is not None and not balance > 0:
@@ -95,7 +97,8 @@ class Unlearner:
             raise ValueError("the optimizer holds no trainable parameter of this model")
         self.forwards = "not chosen yet"
         self._modes: list[bool] = []  # of the modules, when `forwards` was chosen
-        self._forward = forward or default_forward
+        self.performance = Performance(model, forward, performance)
+        self._forward = self.performance.forward
         self._loss = loss
         dtype = compute_dtype(self.parameters[0])
         self._alpha = torch.zeros((), dtype=dtype, device=self.device)
@@ -145,13 +148,15 @@ class Unlearner:
         if modes != self._modes:
             self._modes = modes
             self.forwards = self._choose_forwards(forget, retain)
+            self.performance.look(retain)
         self.optimizer.zero_grad(set_to_none=True)
-        if self.balance is None:
-            terms = self._mixed_terms(forget, retain)
-            terms.total.backward()  # type: ignore[no-untyped-call]
-            metrics = self._metrics(terms, torch.ones_like(terms.total))
-        else:
-            metrics = self._balanced_backward(forget, retain, self.balance)
+        with self.performance.active():
+            if self.balance is None:
+                terms = self._mixed_terms(forget, retain)
+                terms.total.backward()  # type: ignore[no-untyped-call]
+                metrics = self._metrics(terms, torch.ones_like(terms.total))
+            else:
+                metrics = self._balanced_backward(forget, retain, self.balance)
         self.optimizer.step()
         return metrics
 
@@ -251,7 +256,8 @@ class Unlearner:
         # Looking at a value is free on the CPU: the backward of a closed or held gate is left out there.
         if value.device.type == "cpu" and value.item() == 0:
             return [None] * len(self.parameters)
-        return list(torch.autograd.grad(value, self.parameters, allow_unused=True))
+        found = torch.autograd.grad(value, self.parameters, allow_unused=True)
+        return [None if g is None else _laid_out_as(p, g) for p, g in zip(self.parameters, found, strict=True)]
 
     def _choose_forwards(self, forget: Batch, retain: Batch) -> str:
         """Whether one mixed forward is exact for this model and data, decided on two batches."""
@@ -304,6 +310,13 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     if not found:
         raise ValueError("the model has no trainable parameter (requires_grad is False everywhere)")
     return found
+
+
+def _laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient in the parameter's own strides, as backward() leaves it: fused optimizers walk over memory, and a
+    channels_last gradient of a contiguous weight would reach the wrong numbers."""
+    same = gradient.stride() == parameter.stride()
+    return gradient if same else torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
 
 
 def _norm(gradient: list[Tensor | None], *, like: Tensor) -> Tensor:
