@@ -112,10 +112,31 @@ def _log(u):
 
 
 @triton.jit
+def _turn(x, Real: tl.constexpr):
+    # cos and sin of 2 pi x / 2^32. Those of the library have a path for huge angles, which spills.
+    half = x.to(tl.int32, bitcast=True)
+    if Real == tl.float64:
+        angle = half.to(tl.float64) * (6.283185307179586 * 2.0**-32)
+        return tl.cos(angle), tl.sin(angle)
+    else:
+        # The nearest half turn goes into the sign; what is left lies within a quarter turn.
+        turned = x + 0x40000000
+        rest = (turned & 0x7FFFFFFF).to(tl.int32) - 0x40000000
+        sign = tl.where(turned >= 0x80000000, -1.0, 1.0)
+        a = rest.to(tl.float32) * (6.283185307179586 * 2.0**-32)
+        s = a * a
+        c = s * (s * (s * (s * (s * (s * -1.1470745e-11 + 2.0876757e-9) - 2.7557319e-7) + 2.4801587e-5) - 1.3888889e-3)
+                 + 4.1666667e-2) - 0.5  # fmt: skip
+        d = s * (s * (s * (s * (s * (s * 1.6059044e-10 - 2.5052108e-8) + 2.7557319e-6) - 1.9841270e-4) + 8.3333333e-3)
+                 - 0.16666667)  # fmt: skip
+        return sign * (c * s + 1.0), sign * (d * a + a)
+
+
+@triton.jit
 def _pair(radial, angular, Real: tl.constexpr):
     radius = tl.sqrt(-2.0 * _log(radial.to(Real) * (2.0**-32) + (2.0**-33)))
-    angle = angular.to(tl.int32, bitcast=True).to(Real) * (6.283185307179586 * 2.0**-32)
-    return radius * tl.cos(angle), radius * tl.sin(angle)
+    cosine, sine = _turn(angular, Real)
+    return radius * cosine, radius * sine
 
 
 @triton.jit

@@ -30,10 +30,11 @@ def chunk_of(table, chunks, BLOCK: tl.constexpr):
 
 @triton.jit
 def pointer_to(table, row, begin, COLUMN: tl.constexpr, T: tl.constexpr, ALIGNED: tl.constexpr):
-    address = tl.load(table + row * WIDTH + COLUMN)
+    # An alignment said of the address is lost where it becomes a pointer, so it is said of the pointer, in bytes.
+    pointer = tl.load(table + row * WIDTH + COLUMN).to(tl.pointer_type(T)) + begin
     if ALIGNED:
-        address = tl.multiple_of(address, 16)
-    return address.to(tl.pointer_type(T)) + begin
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @triton.jit
