@@ -32,7 +32,7 @@ bench: $(VENV)/dev
 sanitize: build/sanitize-address,undefined build/sanitize-thread
 	for program in $^; do ./$$program || exit 1; done
 
-build/sanitize-%: tests/cpp/drive.cpp $(wildcard csrc/*)
+build/sanitize-%: tests/cpp/drive.cpp $(wildcard tests/cpp/*.h csrc/*)
 	mkdir -p build
 	$(CXX) -std=c++17 -O1 -g -fwrapv -Wall -Wextra -Wno-unknown-pragmas -DNABLA_TAU_BASELINE -DNABLA_TAU_STD_THREADS \
 		-fsanitize=$* -fno-sanitize-recover=all -pthread $(filter-out csrc/bind%,$(filter %.cpp,$^)) -o $@

@@ -60,7 +60,9 @@ def write_chunk(pointer, value, old, moves, left, FULL: tl.constexpr, MASKED: tl
 
 
 @triton.jit
-def moving_entries(table, row, begin, left, MASKED: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr):
+def moving_entries(
+    table, row, begin, left, MASKED: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr
+):
     if MASKED:
         # A parameter without a mask of its own beside others that have one moves as a whole.
         moves = tl.full([BLOCK], 1, tl.int8)

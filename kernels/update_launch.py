@@ -158,7 +158,7 @@ class Workspace:
             )  # fmt: skip
         if part.count == 0:
             return
-        drawn = (None, None, None)
+        drawn: tuple[Tensor | None, ...] = (None, None, None)
         if noise is not None:
             drawn = _on_device(noise.std, device), _bits(noise.seed, device), _bits(noise.step, device)
         kernel = {"adamw": update._adamw_kernel, "sgd": update._sgd_kernel}[rule]

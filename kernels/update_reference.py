@@ -18,9 +18,9 @@ The second line is PCGrad's projection of f alone (Yu et al. 2020, arXiv 2001.06
 
 Numbers are computed in float32 (float64 for float64 parameters); p, m, v and u are stored in the parameter's dtype.
 
-The noise n_j of entry j, in memory order, of the parameter with number i is a function of (seed, step, i, j) alone. With x_0 ... x_3 the
-output of Philox4x32-10 (Salmon et al. 2011) for the counter (j div 4, i, step mod 2^32, step div 2^32) and the key
-(seed mod 2^32, seed div 2^32), and u(x) = x 2^-32 + 2^-33, the entries 4k ... 4k + 3 get
+The noise n_j of entry j, in memory order, of parameter number i is a function of (seed, step, i, j) alone. With
+x_0 ... x_3 the output of Philox4x32-10 (Salmon et al. 2011) for the counter (j div 4, i, step mod 2^32, step div 2^32)
+and the key (seed mod 2^32, seed div 2^32), and u(x) = x 2^-32 + 2^-33, the entries 4k ... 4k + 3 get
 
     sqrt(-2 ln u(x_0)) (cos, sin)(2 pi x_1 2^-32),     sqrt(-2 ln u(x_2)) (cos, sin)(2 pi x_3 2^-32)
 
@@ -182,7 +182,9 @@ def adamw(
 ) -> None:
     """One step of AdamW, in place; each row's step count goes up by one."""
     for row, s in zip(rows, settings, strict=True):
-        assert row.first is not None and row.second is not None and row.step is not None
+        assert row.first is not None
+        assert row.second is not None
+        assert row.step is not None
         g = _gradient(row, s.sign, forget_scale, retain_scale, noise)
         row.step.add_(1)
         t = row.step.double()
@@ -225,7 +227,7 @@ def squared_distance(rows: list[Row]) -> Tensor:
 
 
 def pull(rows: list[Row], squared: Tensor, radius: float | Tensor) -> None:
-    """p <- c + (p - c) min(1, radius / |p - c|), in place, with |p - c|^2 = squared; inside the ball nothing changes."""
+    """p <- c + (p - c) min(1, radius / |p - c|), in place, |p - c|^2 = squared; inside the ball nothing changes."""
     distance = squared.sqrt()
     for row in rows:
         assert row.centre is not None

@@ -22,7 +22,7 @@ from nabla_tau.kernels.update_reference import Noise, Products, Row, Settings
 from nabla_tau.kernels.update_table import COLUMNS, table_of
 
 Rule: TypeAlias = Literal["adamw", "sgd"]
-_TENSORS = ("forget", "retain", "mask", "first", "second", "centre")
+_TENSORS = ("parameter", "forget", "retain", "mask", "first", "second", "centre")
 
 
 def update_provider(parameter: Tensor) -> Provider:
@@ -48,8 +48,15 @@ def _address_table(rows: list[Row], settings: list[Settings] | None = None) -> A
 
 
 def _is_simple(row: Row) -> bool:
-    return row.parameter.is_contiguous() and all(
-        t is None or t.is_contiguous() for t in (row.forget, row.retain, row.mask, row.first, row.second, row.centre)
+    p, _, f, r, mask, first, second, _, centre = row
+    return (  # no loop: of many small parameters this is called once a step for each
+        p.is_contiguous()
+        and (f is None or f.is_contiguous())
+        and (r is None or r.is_contiguous())
+        and (first is None or first.is_contiguous())
+        and (second is None or second.is_contiguous())
+        and (mask is None or mask.is_contiguous())
+        and (centre is None or centre.is_contiguous())
     )
 
 
@@ -74,8 +81,8 @@ class _InMemoryOrder:
     def _ordered(self, row: Row) -> Row:
         p = row.parameter
         strides = p.stride() if _is_dense(p) else torch.empty(p.shape, device="meta").stride()
-        names = ("parameter", *_TENSORS)
-        return row._replace(**{name: self._as(getattr(row, name), strides, name) for name in names})
+        ordered: dict[str, Any] = {name: self._as(getattr(row, name), strides, name) for name in _TENSORS}
+        return row._replace(**ordered)
 
     def _as(self, tensor: Tensor | None, strides: tuple[int, ...], name: str) -> Tensor | None:
         if tensor is None or tensor.stride() == strides:

@@ -62,8 +62,9 @@ def check_like(
     """
     if tensors is None:
         return [None] * len(parameters)
-    if isinstance(tensors, Tensor) or len(tensors) != len(parameters):
-        count = "one tensor" if isinstance(tensors, Tensor) else f"{len(tensors)} entries"
+    given: Any = tensors
+    if isinstance(given, Tensor) or len(tensors) != len(parameters):
+        count = "one tensor" if isinstance(given, Tensor) else f"{len(tensors)} entries"
         raise ValueError(f"{name} must have an entry for each of the {len(parameters)} parameters, got {count}")
     for number, (tensor, p) in enumerate(zip(tensors, parameters, strict=True)):
         if (
