@@ -151,6 +151,17 @@ def test_low_precision_is_no_worse_than_torch(rule, dtype):
             assert errors[0] <= errors[1] + 2 * torch.finfo(torch.float32).eps * exact.abs().max(), name
 
 
+def test_a_first_mean_is_right_to_rounding():
+    """Interpolated from the far end it would be what is left of two numbers a thousand times as large."""
+    g = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    for beta in (0.999, 0.001):
+        old = torch.zeros_like(g) if beta > 0.5 else 1e3 * g
+        row = Row(torch.zeros_like(g), 0, retain=g, first=old.clone(), second=old.square(), step=torch.zeros(()))
+        Updates().step("adamw", [row], [Settings(1e-3, 0.0, 1.0, beta, 0.99, 1e-8)], 1.0, 1.0)
+        wanted = beta * old.double() + (1 - beta) * g.double()
+        torch.testing.assert_close(row.first.double(), wanted, rtol=3e-7, atol=0)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("rule", ["adamw", "sgd"])

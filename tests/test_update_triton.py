@@ -155,6 +155,25 @@ def test_low_precision_is_no_worse_than_torch(rule, dtype):
             assert errors[0] <= errors[1] + slack * exact.abs().max(), name
 
 
+def test_a_first_mean_is_right_to_rounding():
+    """Interpolated from the far end it would be what is left of two numbers a thousand times as large."""
+    g = torch.randn(1000, generator=torch.Generator().manual_seed(0))[:100].to(DEVICE)
+    for beta in (0.999, 0.001):
+        old = torch.zeros_like(g) if beta > 0.5 else 1e3 * g
+        row = Row(
+            torch.zeros_like(g),
+            0,
+            retain=g,
+            first=old.clone(),
+            second=old.square(),
+            step=torch.zeros((), device=DEVICE),
+        )
+        settings = [Settings(1e-3, 0.0, 1.0, beta, 0.99, 1e-8)]
+        update_launch.Workspace().step("adamw", [row], settings, 1.0, 1.0, None, None)
+        wanted = beta * old.double() + (1 - beta) * g.double()
+        torch.testing.assert_close(row.first.double(), wanted, rtol=3e-7, atol=0)
+
+
 def test_noise_in_float32_is_that_of_the_reference_to_rounding():
     size = 150
     rows = [Row(torch.zeros(size, device=DEVICE), 5, retain=torch.zeros(size, device=DEVICE))]
