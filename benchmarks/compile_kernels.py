@@ -27,6 +27,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from compile_update import WRITING, update_arguments, update_cases
+
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90a": ("cuda", 90, 32),
@@ -93,6 +95,8 @@ def cases() -> Iterator[Case]:
         yield Case("rows.tile", form, "fp32", 32000)
         yield Case("rows.online", form, "bf16", 128256, quick=form == GATES[0])
         yield Case("rows.gate", form, "fp32", 1, quick=form == GATES[1])
+    for case in update_cases():
+        yield Case(*case)
 
 
 def limit_of(case: Case, target: str, threads: int) -> int:
@@ -116,6 +120,8 @@ def arguments(case: Case) -> tuple[Any, Any, dict[str, Any]]:
     from nabla_tau.kernels import launch, multilabel, rows
 
     module, name = case.kernel.split(".")
+    if module.startswith("update"):
+        return update_arguments(case.kernel, case.form, case.dtype)
     kernel = getattr({"rows": rows, "multilabel": multilabel}[module], f"_{name}_kernel")
     data, real = f"*{case.dtype}", "fp64" if case.dtype == "fp64" else "fp32"
     torch_real = torch.float64 if real == "fp64" else torch.float32
@@ -232,7 +238,9 @@ def faults(done: Compiled) -> list[str]:
     if done.classes * BYTES[done.dtype] % 16 == 0:
         if not done.wide_loads:
             found.append("has no 128-bit loads")
-        if not done.wide_stores and ("gradient" in done.form or done.kernel.endswith("backward")):
+        if not done.wide_stores and (
+            "gradient" in done.form or done.kernel.endswith("backward") or done.kernel in WRITING
+        ):
             found.append("has no 128-bit stores")
     return found
 

@@ -31,13 +31,14 @@ BENCHES = {  # module and function, imported when asked for: each needs other pa
     "ceilings": ("bench_ceilings", "run"),
     "rows": ("bench_rows", "run"),
     "linear_rows": ("bench_linear_rows", "run"),
+    "update": ("bench_update", "run"),
     "mia": ("bench_mia", "run"),
     "shadow": ("bench_shadow", "run"),
     "step": ("bench_step", "run"),
     "quality": ("bench_quality", "run"),
     "examples": ("bench_quality", "run_examples"),
 }
-OF_KERNELS = ("rows", "linear_rows")
+OF_KERNELS = ("rows", "linear_rows", "update")
 MALLOC = {
     "malloc default": {},
     # No block from mmap, none handed back, and the heap grows by 1 GB at a time.

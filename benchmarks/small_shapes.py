@@ -12,9 +12,11 @@ import torch
 from nabla_tau import nabla_tau_loss
 from nabla_tau.functional import row_losses, row_signals
 from nabla_tau.linear import linear_nabla_tau_loss
+from nabla_tau.optim import Ball, DualAdamW, DualSGD, Noise
 
 # One row, ragged ends, a multiple of the vector width, and rows too wide for one block.
 SHAPES = [(1, 2), (33, 10), (7, 257), (5, 4096), (3, 32768), (2, 40001)]
+SIZES = [1, 3, 2047, 2048, 2049, 10000]  # of parameters: around the chunk of a program
 
 
 def main(device: str) -> None:
@@ -41,7 +43,15 @@ def main(device: str) -> None:
                 loss.backward()
             results = [*losses, *row_signals(logits, targets), logits.grad, hidden.grad, head.grad]
             assert all(bool(result.isfinite().all()) for result in results), (rows, classes, dtype)
-    print(f"{len(SHAPES)} shapes, 2 dtypes, 7 ops on {device}: finite")
+        for kind in (DualAdamW, DualSGD):
+            start = [torch.randn(size, generator=generator, device=device).to(dtype) for size in SIZES]
+            parameters, forget, retain = ([p.clone() for p in start] for _ in range(3))
+            mask = [p > 0 for p in start]
+            optimizer = kind(parameters, 0.1)
+            options = {"mask": mask, "noise": Noise(0.1, 1, 2), "ball": Ball(start, 1.0)}
+            optimizer.step_dual(forget, retain, -0.5, 1.0, project=True, **options)
+            assert all(bool(p.isfinite().all()) for p in parameters), (kind, dtype)
+    print(f"{len(SHAPES)} shapes, 2 dtypes, 7 ops and 2 optimizers on {device}: finite")
 
 
 if __name__ == "__main__":

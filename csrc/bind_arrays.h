@@ -95,5 +95,6 @@ auto dispatch_floats(const char* name, const py::array& array, F f) {
 
 void bind_shadow(py::module_& m);
 void bind_threshold(py::module_& m);
+void bind_update(py::module_& m);
 
 }  // namespace nabla_tau

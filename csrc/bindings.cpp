@@ -257,6 +257,7 @@ zeros. `out` as for rows_backward.)");
 
     bind_shadow(m);
     bind_threshold(m);
+    bind_update(m);
 
     m.def("openmp_max_threads", &omp_get_max_threads, "Threads that OpenMP would use if it were not told a number.");
     m.def("simd_level", &simd_level,

@@ -169,7 +169,7 @@ NABLA_TAU_INLINE Real exp_nonpositive(Real x) {
     return exp_clamped(exp_clamp(x));
 }
 
-// log x for x = 0 or x >= 1/2 and finite.
+// log x for x = 0 or a normal number.
 NABLA_TAU_INLINE float log_positive(float x) {
     constexpr std::uint32_t kSqrtHalf = 0x3f3504f3u;
     const std::uint32_t offset = bits_as<std::uint32_t>(x) - kSqrtHalf;

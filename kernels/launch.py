@@ -77,3 +77,14 @@ def labels(count: int, itemsize: int) -> Launch:
     tile = 256 * 16 // itemsize
     block = min(_ceil_pow2(count), tile)
     return Launch(tile // block, block, 256)
+
+
+def chunk(itemsize: int) -> Launch:
+    """For the update kernels, which keep five tensors of a parameter in flight: two 128-bit loads a thread of each in
+    float32, one in a 16-bit dtype."""
+    return Launch(1, 256 * (8 if itemsize < 8 else 4), 256)
+
+
+def in_order() -> Launch:
+    """For one program that goes through the parameters, or through the sums of all chunks."""
+    return Launch(1, 1024, 256)

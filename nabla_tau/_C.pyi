@@ -108,3 +108,26 @@ def klom(
     open_top: bool = False,
     num_threads: int = 1,
 ) -> NDArray[np.float64]: ...
+
+UPDATE_COLUMNS: tuple[str, ...]
+_Dtype: TypeAlias = Literal["float32", "float64", "float16", "bfloat16"]
+
+def adamw(
+    table: NDArray[np.int64],
+    dtype: _Dtype,
+    forget_scale: float,
+    retain_scale: float,
+    noise: tuple[float, int, int] | None = None,
+    num_threads: int = 1,
+) -> None: ...
+def sgd(
+    table: NDArray[np.int64],
+    dtype: _Dtype,
+    forget_scale: float,
+    retain_scale: float,
+    noise: tuple[float, int, int] | None = None,
+    num_threads: int = 1,
+) -> None: ...
+def gradient_products(table: NDArray[np.int64], dtype: _Dtype, num_threads: int = 1) -> list[float]: ...
+def squared_distance(table: NDArray[np.int64], dtype: _Dtype, num_threads: int = 1) -> float: ...
+def pull(table: NDArray[np.int64], dtype: _Dtype, factor: float, num_threads: int = 1) -> None: ...

@@ -12,6 +12,7 @@ from conftest import blobs, mlp
 from nabla_tau import Unlearner, nabla_tau_loss, unlearn
 from nabla_tau.functional import row_losses, row_signals, sample_signals
 from nabla_tau.linear import linear_nabla_tau_loss
+from nabla_tau.optim import Ball, DualAdamW, DualSGD, Noise
 from nabla_tau.recipes import RECIPES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
@@ -167,3 +168,63 @@ def test_the_loss_never_makes_the_host_wait():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert loss.isfinite()
+
+
+def parameters_and_gradients(dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [(1,), (17, 3), (2048,), (5000,), (64, 32, 3, 3)]
+    return [[torch.randn(size, generator=generator).to(dtype).cuda() for size in sizes] for _ in range(3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [DualAdamW, DualSGD])
+def test_an_optimizer_step_is_that_of_the_cpu(kind, dtype):
+    found = []
+    for device in ("cuda", "cpu"):
+        start, forget, retain = ([t.to(device) for t in part] for part in parameters_and_gradients(dtype))
+        parameters = [p.clone() for p in start]
+        optimizer = kind(parameters, 0.01, **({"momentum": 0.9} if kind is DualSGD else {}))
+        for step in range(3):
+            options = {"mask": [p > -1 for p in start], "noise": Noise(0.1, 7, step), "ball": Ball(start, 0.05)}
+            products = optimizer.step_dual(forget, retain, -0.5, 1.0, project=True, **options)
+        found.append([*parameters, torch.stack(products)])
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", [DualAdamW, DualSGD])
+def test_an_optimizer_step_is_captured_and_never_makes_the_host_wait(kind):
+    start, forget, retain = parameters_and_gradients(torch.float32)
+    options = {"momentum": 0.9} if kind is DualSGD else {}
+    captured, plain = [p.clone() for p in start], [p.clone() for p in start]
+    scale, count = torch.tensor(0.5, device="cuda"), torch.tensor(0, device="cuda")
+
+    def step(optimizer):
+        noise = Noise(scale, 3, count)
+        return optimizer.step_dual(forget, retain, scale, 1.0, project=True, noise=noise, ball=Ball(start, 5.0))
+
+    one, other = kind(captured, 0.01, **options), kind(plain, 0.01, **options)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(one)
+    torch.cuda.current_stream().wait_stream(side)
+    step(other)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step(one)
+        for turn in range(3):
+            scale.fill_(0.1 * (turn + 1))
+            count.fill_(turn + 1)
+            graph.replay()
+            step(other)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(map(torch.equal, captured, plain))
+    step(one)  # by itself again, after replays that wrote a table of their own
+    step(other)
+    assert all(map(torch.equal, captured, plain))

@@ -23,17 +23,13 @@
 #include "../../csrc/objective.h"
 #include "../../csrc/roc.h"
 #include "../../csrc/simd.h"
+#include "drive_update.h"
 #include "fuzz.h"
+#include "require.h"
 
 using namespace nabla_tau;
 
 namespace {
-
-void require(bool holds, const char* what) {
-    if (holds) return;
-    std::fprintf(stderr, "failed: %s\n", what);
-    std::exit(1);
-}
 
 // What one op has written: all of it, as bytes, and as numbers.
 template <class T>
@@ -332,6 +328,10 @@ int main(int argc, char** argv) {
     drive_shadows<float>();
     drive_shadows<double>();
     drive_shadows<float16>();
+    drive_update<float>();
+    drive_update<double>();
+    drive_update<float16>();
+    drive_update<bfloat16>();
     drive_targets();
     drive_pool();
     fuzz(0, 100);
