@@ -1,0 +1,186 @@
+"""What the layers of a model saw in one forward: each one's input, and the gradient of its output as the backward
+passes it.
+
+A gradient of a layer's weight is a sum over rows of (input, output gradient), so from these pairs it can be summed
+over some samples only (`gradients.py`) or its norm be taken sample by sample (`sample_norms.py`), where autograd would
+have summed over all of them. Asked for the gradients of the first layers' outputs alone, autograd leaves every
+weight's gradient out: nothing is computed twice, and no parameter is touched.
+
+This is exact only where every use of a parameter is such a call. `Tape.survey` walks the autograd graph, jumps over
+the calls that were recorded, and names any parameter that it still meets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from nabla_tau.layers import Call, call_of, is_layer
+
+
+@dataclass(eq=False)
+class Recorded:
+    """A call of a layer; `receive` gets the call and the gradient of its output while a backward runs."""
+
+    call: Call
+    version: int
+    receive: Callable[[Call, Tensor], None] | None = None
+
+    def deliver(self, gradient: Tensor | None) -> None:
+        # No reference to the output or its node: a hook that holds its own node is never freed.
+        if self.receive is not None and gradient is not None:
+            if self.call.input._version != self.version:
+                # Autograd looks at this only where it computes the weight's gradient itself.
+                raise RuntimeError(
+                    f"the input of {type(self.call.module).__name__} (shape {tuple(self.call.input.shape)}) was "
+                    "modified in place after the layer had read it, so its gradient cannot be computed"
+                )
+            self.receive(self.call, gradient)
+
+
+class Survey(NamedTuple):
+    """`calls` are those that the loss depends on, `roots` the outputs below which there is no other call, `stray` the
+    first parameter found that is used outside of the calls, None where there is none."""
+
+    calls: list[Recorded]
+    roots: list[GradientEdge]
+    stray: Tensor | None
+
+
+@dataclass(eq=False)
+class Tape:
+    """What one forward recorded. `refusal` says why it cannot be used, empty where it can."""
+
+    refusal: str = ""
+    _calls: dict[Any, tuple[Recorded, GradientEdge, list[GradientEdge]]] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        self._calls.clear()
+
+    def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A forward hook. What is no call of rows stays unrecorded, and the survey meets its parameters."""
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            return
+        if _saves_through_hooks():
+            self.refusal = "activations are saved through hooks (checkpointing, offloading), and would be kept here"
+            return
+        call = call_of(module, args, kwargs, output)
+        if call is None:
+            return
+        recorded = Recorded(call, call.input._version)
+        output.register_hook(recorded.deliver)
+        edge = get_gradient_edge(output)
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.requires_grad)
+        self._calls[edge.node] = recorded, edge, [get_gradient_edge(tensor) for tensor in tensors]
+
+    def survey(self, losses: Tensor, parameters: Sequence[Tensor]) -> Survey:
+        """Which calls the losses depend on. Some microseconds a node of the graph."""
+        watched = {id(parameter) for parameter in parameters}
+        found = Survey([], [], None)
+        if not losses.requires_grad:
+            return found
+        start = get_gradient_edge(losses).node
+        reaches: dict[Any, bool] = {}  # whether a call lies at or below a node
+        stack: list[tuple[Any, list[Any] | None]] = [(start, None)]
+        while stack:
+            node, children = stack.pop()
+            here = self._calls.get(node)
+            if children is None:
+                if node in reaches:
+                    continue
+                reaches[node] = False
+                variable = getattr(node, "variable", None)
+                if variable is not None and id(variable) in watched:
+                    return found._replace(stray=variable)
+                edges = [(e.node, e.output_nr) for e in here[2]] if here else node.next_functions
+                children = [child for child, _ in edges if child is not None]
+                stack.append((node, children))
+                stack.extend((child, None) for child in children if child not in reaches)
+            else:
+                below = any(reaches[child] for child in children)
+                reaches[node] = below or here is not None
+                if here:
+                    found.calls.append(here[0])
+                    if not below:
+                        found.roots.append(here[1])
+        return found
+
+
+def _saves_through_hooks() -> bool:
+    look = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return look is not None and look(True) is not None
+
+
+@contextlib.contextmanager
+def recording(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[Tape]:
+    """Record the calls of the model's layers that hold one of the parameters. The model has hooks only inside."""
+    tape = Tape(_hidden_from_hooks(model))
+    watched = set() if tape.refusal else {id(parameter) for parameter in parameters}
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            if is_layer(module) and any(id(own) in watched for own in module._parameters.values()):
+                # First of all hooks: another may put something else in the output's place.
+                handle = module.register_forward_hook(tape.note, prepend=True, with_kwargs=True)
+                stack.callback(handle.remove)
+        yield tape
+
+
+def _hidden_from_hooks(model: nn.Module) -> str:
+    """Why hooks on this model's layers would not see what it computes; empty where they do."""
+    for name, module in model.named_modules():
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        if "OptimizedModule" in kinds or module._compiled_call_impl is not None:
+            return f"{name or 'the model'} ({type(module).__name__}) is compiled"
+        for wrapper in ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"):
+            if wrapper in kinds:
+                return f"{name or 'the model'} ({type(module).__name__}) manages its own gradients"
+    return ""
+
+
+def backward(
+    losses: Tensor,
+    weights: Tensor,
+    survey: Survey,
+    receive: Callable[[Call, Tensor], None],
+    *,
+    retain_graph: bool = False,
+) -> None:
+    """Hand the gradient of sum_i weights_i losses_i by the output of every call to `receive`, as the backward passes
+    them."""
+    if not survey.roots:
+        return
+    for recorded in survey.calls:
+        recorded.receive = receive
+    try:
+        torch.autograd.grad(losses, survey.roots, weights, retain_graph=retain_graph)
+    finally:
+        for recorded in survey.calls:
+            recorded.receive = None
+
+
+def owner(model: nn.Module, parameter: Tensor) -> str:
+    """Where a parameter lives, for a message: "name (Type): why its gradient cannot be taken apart"."""
+    for name, module in model.named_modules():
+        for own, value in module._parameters.items():
+            if value is parameter:
+                called = f"{name or 'the model'} ({type(module).__name__})"
+                if is_layer(module):
+                    return f"{called}: {own} is used outside of the module, or by a call that is not one row a sample"
+                return f"{called}: {own} is not the weight of a layer whose gradient is a sum over rows"
+    return "a parameter that is not the model's"
+
+
+def rows_differ(model: nn.Module, survey: Survey, samples: int) -> str:
+    """Names a layer whose rows cannot be those of the samples; empty where there is none."""
+    for recorded in survey.calls:
+        if samples and recorded.call.rows % samples:
+            name = next(name for name, module in model.named_modules() if module is recorded.call.module)
+            kind = type(recorded.call.module).__name__
+            return f"{name} ({kind}): its {recorded.call.rows} rows are not those of {samples} samples"
+    return ""
