@@ -13,6 +13,7 @@ the calls that were recorded, and names any parameter that it still meets.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from nabla_tau.broadcasts import Broadcast, broadcasts_of
 from nabla_tau.layers import Call, call_of, is_layer
 
 
@@ -45,12 +47,20 @@ class Recorded:
 
 
 class Survey(NamedTuple):
-    """`calls` are those that the loss depends on, `roots` the outputs below which there is no other call, `stray` the
-    first parameter found that is used outside of the calls, None where there is none."""
+    """`calls` and `broadcasts` are those that the loss depends on, `roots` the calls' outputs below which there is
+    neither, `ends` the broadcasts below which there is neither; `stray` is the first parameter found that is used
+    outside of all of them, None where there is none."""
 
     calls: list[Recorded]
     roots: list[GradientEdge]
+    broadcasts: list[Broadcast]
+    ends: list[Broadcast]
     stray: Tensor | None
+
+    def uses(self) -> Counter[int]:
+        """How often each parameter is used, by its id."""
+        used = [own for recorded in self.calls for own in recorded.call.module._parameters.values()]
+        return Counter(map(id, used + [own for broadcast in self.broadcasts for own in broadcast.parameters]))
 
 
 @dataclass(eq=False)
@@ -82,11 +92,12 @@ class Tape:
     def survey(self, losses: Tensor, parameters: Sequence[Tensor]) -> Survey:
         """Which calls the losses depend on. Some microseconds a node of the graph."""
         watched = {id(parameter) for parameter in parameters}
-        found = Survey([], [], None)
+        found = Survey([], [], [], [], None)
         if not losses.requires_grad:
             return found
         start = get_gradient_edge(losses).node
-        reaches: dict[Any, bool] = {}  # whether a call lies at or below a node
+        reaches: dict[Any, bool] = {}  # whether a call or a broadcast lies at or below a node
+        spread: dict[Any, list[Broadcast]] = {}
         stack: list[tuple[Any, list[Any] | None]] = [(start, None)]
         while stack:
             node, children = stack.pop()
@@ -98,13 +109,19 @@ class Tape:
                 variable = getattr(node, "variable", None)
                 if variable is not None and id(variable) in watched:
                     return found._replace(stray=variable)
-                edges = [(e.node, e.output_nr) for e in here[2]] if here else node.next_functions
-                children = [child for child, _ in edges if child is not None]
+                if here:
+                    children = [edge.node for edge in here[2]]
+                else:
+                    spread[node], children = broadcasts_of(node, watched)
                 stack.append((node, children))
                 stack.extend((child, None) for child in children if child not in reaches)
             else:
                 below = any(reaches[child] for child in children)
-                reaches[node] = below or here is not None
+                sides = spread.get(node, [])
+                found.broadcasts.extend(sides)
+                if not below:
+                    found.ends.extend(sides)
+                reaches[node] = below or here is not None or bool(sides)
                 if here:
                     found.calls.append(here[0])
                     if not below:
@@ -148,20 +165,31 @@ def backward(
     weights: Tensor,
     survey: Survey,
     receive: Callable[[Call, Tensor], None],
+    receive_broadcast: Callable[[Broadcast, Tensor], None],
     *,
     retain_graph: bool = False,
 ) -> None:
-    """Hand the gradient of sum_i weights_i losses_i by the output of every call to `receive`, as the backward passes
-    them."""
-    if not survey.roots:
+    """Hand the gradient of sum_i weights_i losses_i by the output of every call and by the result of every broadcast
+    to who receives it, as the backward passes them."""
+    inputs = survey.roots + [broadcast.edge for broadcast in survey.ends]
+    if not inputs:
         return
-    for recorded in survey.calls:
-        recorded.receive = receive
-    try:
-        torch.autograd.grad(losses, survey.roots, weights, retain_graph=retain_graph)
-    finally:
+    passed = [broadcast for broadcast in survey.broadcasts if broadcast not in survey.ends]
+    with contextlib.ExitStack() as stack:
         for recorded in survey.calls:
-            recorded.receive = None
+            recorded.receive = receive
+            stack.callback(setattr, recorded, "receive", None)
+        for broadcast in passed:
+
+            def look(gradients: tuple[Tensor | None, ...], broadcast: Broadcast = broadcast) -> None:
+                if gradients[0] is not None:
+                    receive_broadcast(broadcast, gradients[0])
+
+            stack.callback(broadcast.edge.node.register_prehook(look).remove)
+        found = torch.autograd.grad(losses, inputs, weights, retain_graph=retain_graph, allow_unused=True)
+    for broadcast, gradient in zip(survey.ends, found[len(survey.roots) :], strict=True):
+        if gradient is not None:
+            receive_broadcast(broadcast, gradient)
 
 
 def owner(model: nn.Module, parameter: Tensor) -> str:
@@ -183,4 +211,7 @@ def rows_differ(model: nn.Module, survey: Survey, samples: int) -> str:
             name = next(name for name, module in model.named_modules() if module is recorded.call.module)
             kind = type(recorded.call.module).__name__
             return f"{name} ({kind}): its {recorded.call.rows} rows are not those of {samples} samples"
+    for broadcast in survey.broadcasts:
+        if samples and broadcast.rows % samples:
+            return f"{owner(model, broadcast.parameters[0])}, {broadcast.rows} rows for {samples} samples"
     return ""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nabla_tau import capture
+from nabla_tau.broadcasts import Broadcast
 from nabla_tau.layers import Call, parts_of
 
 logger = logging.getLogger("nabla_tau")
@@ -18,7 +19,8 @@ logger = logging.getLogger("nabla_tau")
 ONE = "one backward"
 Gradients: TypeAlias = list[Tensor | None]
 
-# How far the two ways may differ, relative to the gradient: rounding only. A wrong split is off by about 1.
+# How far the two ways may differ, relative to the gradient: rounding only. A wrong split is off by about 1. By the
+# coarsest dtype of a gradient on the way, which autocast makes another one than the parameters'.
 TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-2, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
@@ -101,16 +103,20 @@ class DualGradients:
         weights = weights.to(losses)
         split = _Split(self.parameters, len(losses), n_forget, weights)
         try:
-            survey = self._survey(tape, losses)
-            if survey is not None and self.how != ONE:
-                self._verify(losses, survey)
-            if not any(split.alive) or not losses.requires_grad:
-                return split.nothing(), split.nothing()
-            if survey is not None and self.how == ONE:
-                return split.one_backward(losses, survey)
-            return split.two_backwards(losses)
+            with torch.autocast(losses.device.type, enabled=False):  # a gradient has the precision of its forward
+                return self._backward(tape, losses, split)
         finally:
             tape.clear()
+
+    def _backward(self, tape: capture.Tape, losses: Tensor, split: _Split) -> tuple[Gradients, Gradients]:
+        if not all(split.alive) or not losses.requires_grad:
+            return split.two_backwards(losses)  # of which there is one at most
+        survey = self._survey(tape, losses)
+        if survey is not None and self.how != ONE:
+            self._verify(losses, survey)
+        if survey is not None and self.how == ONE:
+            return split.one_backward(losses, survey)
+        return split.two_backwards(losses)
 
     def _survey(self, tape: capture.Tape, losses: Tensor) -> capture.Survey | None:
         """The calls that one backward would do with, or None, and the reason is told."""
@@ -130,10 +136,8 @@ class DualGradients:
         logger.info("dual gradients take %s", self.how)
 
     def _verify(self, losses: Tensor, survey: capture.Survey) -> None:
-        """Whether both ways agree on this graph, with weights of 1 and the samples halved: the caller's part to forget
-        may be empty, or its weights 0, in which any split would pass."""
-        if len(losses) < 2 or not losses.requires_grad:
-            return  # says nothing yet; the next batch may
+        """Whether both ways agree on this graph, with the samples halved and weights of 1: the caller's may be 0, with
+        which any split would pass."""
         split = _Split(self.parameters, len(losses), len(losses) // 2, torch.ones_like(losses))
         wanted = split.two_backwards(losses, retain_graph=True)
         if not all(bool(g.isfinite().all()) for half in wanted for g in half if g is not None):
@@ -142,7 +146,7 @@ class DualGradients:
         for ours, theirs in zip(found, wanted, strict=True):
             scale = _total_norm(theirs)
             for parameter, a, b in zip(self.parameters, ours, theirs, strict=True):
-                if not _alike(a, b, scale):
+                if not _alike(a, b, scale, split.coarsest):
                     owner = capture.owner(self.model, parameter).split(":")[0]
                     self._fall_back(f"{owner}: its gradient by rows is not that of the samples")
                     return
@@ -157,6 +161,7 @@ class _Split:
         self.samples = samples
         self.parts = ((0, n_forget), (n_forget, samples))
         self.weights = weights
+        self.coarsest = torch.float64
         on_cpu = weights.device.type == "cpu"
         self.alive = [a < b and not (on_cpu and not bool(weights[a:b].any())) for a, b in self.parts]
 
@@ -166,7 +171,7 @@ class _Split:
     def two_backwards(self, losses: Tensor, *, retain_graph: bool = False) -> tuple[Gradients, Gradients]:
         found = []
         for which, (start, stop) in enumerate(self.parts):
-            if not self.alive[which]:
+            if not self.alive[which] or not losses.requires_grad:
                 found.append(self.nothing())
                 continue
             weights = torch.zeros_like(self.weights)
@@ -183,18 +188,31 @@ class _Split:
         place = {id(p): at for at, p in enumerate(self.parameters) if p.requires_grad}
         sums = self.nothing(), self.nothing()
 
+        def add(which: int, parameter: Tensor, gradient: Tensor | None) -> None:
+            if gradient is not None:
+                into, at = sums[which], place[id(parameter)]
+                gradient, before = gradient.to(parameter.dtype), into[at]
+                into[at] = gradient if before is None else before + gradient
+
         def receive(call: Call, gradient: Tensor) -> None:
+            self.coarsest = max(self.coarsest, gradient.dtype, key=lambda dtype: torch.finfo(dtype).eps)
             each = call.rows // self.samples
-            for (start, stop), alive, into in zip(self.parts, self.alive, sums, strict=True):
-                if alive:
+            for which, (start, stop) in enumerate(self.parts):
+                if start < stop:
                     rows = slice(start * each, stop * each)
                     for part in parts_of(call.narrow(rows.start, rows.stop), gradient[rows], stop - start, place):
-                        at = place[id(part.parameter)]
-                        total, before = part.total().to(part.parameter.dtype), into[at]
-                        into[at] = total if before is None else before.add_(total)
+                        add(which, part.parameter, part.total())
+
+        def receive_broadcast(broadcast: Broadcast, gradient: Tensor) -> None:
+            each = broadcast.rows // self.samples
+            for which, (start, stop) in enumerate(self.parts):
+                if start < stop:
+                    totals = broadcast.total(gradient, start * each, stop * each)
+                    for parameter, total in zip(broadcast.parameters, totals, strict=True):
+                        add(which, parameter, total)
 
         with torch.no_grad():
-            capture.backward(losses, self.weights, survey, receive, retain_graph=retain_graph)
+            capture.backward(losses, self.weights, survey, receive, receive_broadcast, retain_graph=retain_graph)
         return sums
 
 
@@ -203,9 +221,9 @@ def _total_norm(gradients: Gradients) -> float:
     return float(torch.stack(found).norm()) if found else 0.0
 
 
-def _alike(a: Tensor | None, b: Tensor | None, scale: float) -> bool:
+def _alike(a: Tensor | None, b: Tensor | None, scale: float, dtype: torch.dtype) -> bool:
     if a is None or b is None:
         return a is b
     # A gradient that is 0 but for rounding, such as that of a bias before a norm, is held to the rounding of the rest.
-    rounding = 16 * torch.finfo(b.dtype).eps * scale
-    return float((a.double() - b.double()).norm()) <= TOLERANCES[b.dtype] * float(b.double().norm()) + rounding
+    rounding = 16 * torch.finfo(dtype).eps * scale
+    return float((a.double() - b.double()).norm()) <= TOLERANCES[dtype] * float(b.double().norm()) + rounding

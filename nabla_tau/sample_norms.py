@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -13,11 +12,12 @@ from torch import Tensor, nn
 
 from nabla_tau import capture
 from nabla_tau.batch import Batch, Forward, default_forward, to_device, uses_batch_statistics
+from nabla_tau.broadcasts import Broadcast
 from nabla_tau.each_sample import Losses, SampleLoss, count_of, looped, sample_gradients
 from nabla_tau.functional import has_loss
 from nabla_tau.kernels.reference import compute_dtype
 from nabla_tau.layers import Call, parts_of
-from nabla_tau.parts import Part, merge
+from nabla_tau.parts import Dense, Part, merge
 
 logger = logging.getLogger("nabla_tau")
 
@@ -125,8 +125,8 @@ class _Task(NamedTuple):
             reason = tape.refusal or self._reason(survey, losses)
             if not reason and not checked:
                 norms: list[Tensor] = []
-                self._parts(losses, survey, lambda part: norms.append(part.norms()), retain_graph=True)
-                reason = self._difference(batch, norms, len(losses))
+                coarsest = self._parts(losses, survey, lambda part: norms.append(part.norms()), retain_graph=True)
+                reason = self._difference(batch, norms, len(losses), coarsest)
             _known[model] = state, reason
             if reason:
                 logger.info("per-sample gradients are made one by one: %s", reason)
@@ -143,24 +143,39 @@ class _Task(NamedTuple):
 
     def _parts(
         self, losses: Tensor, survey: capture.Survey, use: Callable[[Part], object], *, retain_graph: bool = False
-    ) -> None:
+    ) -> torch.dtype:
+        """Give the parts to `use`; the coarsest dtype of a gradient on the way, which autocast chooses."""
+        coarsest = torch.float64
         wanted = {id(p) for p in self.parameters}
-        uses = Counter(id(p) for r in survey.calls for p in r.call.module._parameters.values())
+        uses = survey.uses()
         waiting: dict[int, list[Part]] = {}
 
-        def receive(call: Call, gradient: Tensor) -> None:
-            for part in parts_of(call, gradient, len(losses), wanted):
-                if uses[id(part.parameter)] == 1:
-                    use(part)
-                else:  # the norm of a sum is not the sum of norms
-                    waiting.setdefault(id(part.parameter), []).append(part)
+        def add(part: Part) -> None:
+            if uses[id(part.parameter)] == 1:
+                use(part)
+            else:  # the norm of a sum is not the sum of norms
+                waiting.setdefault(id(part.parameter), []).append(part)
 
-        with torch.no_grad():
-            capture.backward(losses, torch.ones_like(losses), survey, receive, retain_graph=retain_graph)
+        def receive(call: Call, gradient: Tensor) -> None:
+            nonlocal coarsest
+            coarsest = max(coarsest, gradient.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+            for part in parts_of(call, gradient, len(losses), wanted):
+                add(part)
+
+        def receive_broadcast(broadcast: Broadcast, gradient: Tensor) -> None:
+            gradients = broadcast.each(gradient, len(losses))
+            for parameter, own in zip(broadcast.parameters, gradients, strict=True):
+                if own is not None:
+                    add(Dense(parameter, len(losses), own))
+
+        ones = torch.ones_like(losses)
+        with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
+            capture.backward(losses, ones, survey, receive, receive_broadcast, retain_graph=retain_graph)
             for parts in waiting.values():
                 use(merge(parts))
+        return coarsest
 
-    def _difference(self, batch: Batch, norms: list[Tensor], count: int) -> str:
+    def _difference(self, batch: Batch, norms: list[Tensor], count: int, dtype: torch.dtype) -> str:
         """Whether the first and the last sample have these norms when each is alone in its batch."""
         if not norms:
             return "the losses reach no layer that has parameters"
@@ -168,10 +183,9 @@ class _Task(NamedTuple):
             return ""  # no sample can be cut out, as of bags that lie end to end
         places = sorted({0, count - 1})
         norm = torch.stack(norms).sum(0).double()
-        found, rounding = norm[places], float(norm.max()) ** 0.5 * torch.finfo(self.parameters[0].dtype).eps
+        found, rounding = norm[places], float(norm.max()) ** 0.5 * torch.finfo(dtype).eps
         alone = torch.cat([_norms(g) for g in looped(self.losses, self.names, batch, places)]).double()
-        tolerance = TOLERANCES[self.parameters[0].dtype]
-        if torch.allclose(found.sqrt(), alone.sqrt(), rtol=tolerance, atol=rounding, equal_nan=True):
+        if torch.allclose(found.sqrt(), alone.sqrt(), rtol=TOLERANCES[dtype], atol=rounding, equal_nan=True):
             return ""
         return (
             "a sample's gradient is another one when the sample is alone: samples influence each other, or chance does"
