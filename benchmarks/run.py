@@ -31,6 +31,7 @@ BENCHES = {  # module and function, imported when asked for: each needs other pa
     "ceilings": ("bench_ceilings", "run"),
     "rows": ("bench_rows", "run"),
     "linear_rows": ("bench_linear_rows", "run"),
+    "norms": ("bench_norms", "run"),
     "mia": ("bench_mia", "run"),
     "shadow": ("bench_shadow", "run"),
     "quality": ("bench_quality", "run"),

@@ -34,6 +34,11 @@ def chunks(samples: int, bytes_each: int, device_type: str) -> Iterator[slice]:
     return (slice(start, min(start + size, samples)) for start in range(0, samples, size))
 
 
+def prefers_grams(count: int, p: int, q: int) -> bool:
+    """Whether two Grams of `count` rows take fewer multiplications than a gradient of p x q."""
+    return count * (p + q) <= p * q
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
     """Samples are numbered from 0 to `samples`."""
@@ -101,8 +106,7 @@ class Outer(Part):
         (_, count, p), q = self.inputs.shape, self.gradients.shape[2]
         if count == 1:
             return _square_norms(self.inputs) * _square_norms(self.gradients)
-        # Multiplications of the two ways; the Grams are symmetric, but only the Triton kernel makes use of it.
-        if count * (p + q) <= p * q:
+        if prefers_grams(count, p, q):
             return _library.gram_norms(self.inputs, self.gradients)
         return super().norms()
 

@@ -416,9 +416,11 @@ def test_a_wrapper_or_a_compiled_model_takes_two_backwards():
         assert_same(found, wanted(model, batch, torch.ones(4), 2), rtol=1e-4)
 
 
-def test_a_transformer_of_one_sample_and_then_more():
-    """Of one sample there is nothing to take apart, and nothing is decided by it."""
-    model = build(lambda: Transformer(positions="parameter"))
+@pytest.mark.parametrize("positions", ["parameter", "module"])
+def test_a_transformer_of_one_sample_and_then_more(positions):
+    """Of one sample there is nothing to take apart, and nothing is decided by it. Six have as many tokens each, so that
+    the rows of the position embedding could be taken for samples."""
+    model = build(lambda: Transformer(positions=positions))
     dual = DualGradients(model, trainable(model))
     for count in (1, 5, 1, 6):
         batch, weights = sample(BY_LAYERS["transformer"][1], count), torch.randn(count).double()
