@@ -42,7 +42,8 @@ class Broadcast:
 
     def each(self, gradient: Tensor, samples: int) -> list[Tensor | None]:
         """The same for each sample, [samples, *parameter.shape]."""
-        scaled = self._scaled(gradient, 0, self.rows).unflatten(0, (samples, -1))
+        scaled = self._scaled(gradient, 0, self.rows)
+        scaled = scaled.reshape(samples, -1, *scaled.shape[1:])
         # The sum over every axis that f(p) does not have, or has once, except that of the samples.
         behind = (1,) * (scaled.ndim - 1 - len(self.shape)) + tuple(self.shape)
         own = scaled.sum_to_size(samples, *behind).reshape(samples, *self.shape).to(self.dtype)

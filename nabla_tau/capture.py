@@ -84,7 +84,7 @@ class Tape:
         if call is None:
             return
         recorded = Recorded(call, call.input._version)
-        output.register_hook(recorded.deliver)
+        output.register_hook(recorded.deliver)  # type: ignore[no-untyped-call]
         edge = get_gradient_edge(output)
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.requires_grad)
         self._calls[edge.node] = recorded, edge, [get_gradient_edge(tensor) for tensor in tensors]
@@ -204,8 +204,10 @@ def owner(model: nn.Module, parameter: Tensor) -> str:
     return "a parameter that is not the model's"
 
 
-def rows_differ(model: nn.Module, survey: Survey, samples: int) -> str:
-    """Names a layer whose rows cannot be those of the samples; empty where there is none."""
+def why_not(model: nn.Module, survey: Survey, samples: int) -> str:
+    """What keeps the calls from being all uses of the parameters, with rows of samples; empty where they may be."""
+    if survey.stray is not None:
+        return owner(model, survey.stray)
     for recorded in survey.calls:
         if samples and recorded.call.rows % samples:
             name = next(name for name, module in model.named_modules() if module is recorded.call.module)

@@ -29,6 +29,11 @@ class Losses(nn.Module):
         """Tells one forward and loss from another, without keeping alive what they may refer to."""
         return [getattr(function, "__code__", type(function)) for function in (self._forward, self._loss)]
 
+    def of(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Losses and targets of a batch, as the model stands."""
+        found: tuple[Tensor, Tensor] = self(batch)
+        return found
+
     def forward(self, batch: Batch, plain: bool = False) -> tuple[Tensor, Tensor]:
         """Losses and targets; ValueError for losses that are not [B]. plain: by operations that torch.func knows."""
         logits, targets = self._forward(self.model, batch)
@@ -72,7 +77,7 @@ def looped(losses: Losses, names: Sequence[str], batch: Batch, places: Sequence[
     found = dict(losses.model.named_parameters())
     parameters = [found[name] for name in names]
     for at in places:
-        own, _ = losses(one_of(batch, at))
+        own, _ = losses.of(one_of(batch, at))
         if own.shape != (1,):
             raise ValueError(f"cannot cut one sample out of the batch: it then has {len(own)} losses instead of one")
         gradients = torch.autograd.grad(own.sum(), parameters, allow_unused=True)
@@ -87,13 +92,14 @@ def vectorised(losses: Losses, names: Sequence[str], batch: Batch) -> Iterator[l
 
     def loss_of(parameters: dict[str, Tensor], at: Tensor) -> Tensor:
         one = map_tensors(lambda t: t.index_select(0, at) if t.ndim and len(t) == count else t, batch)
-        return torch.func.functional_call(losses, (parameters, own), (one, True))[0].sum()
+        found: Tensor = torch.func.functional_call(losses, (parameters, own), (one, True))[0]
+        return found.sum()
 
     gradients = torch.func.vmap(torch.func.grad(loss_of), in_dims=(None, 0), randomness="different")
-    size = max(1, CHUNK_BYTES // max(1, sum(p.nbytes for p in wanted.values())))
+    size = min(64, max(1, CHUNK_BYTES // max(1, sum(p.nbytes for p in wanted.values()))))
     places = torch.arange(count, device=tensors_of(batch)[0].device).unsqueeze(1)
-    for part in places.split(min(size, 64)):
-        found = gradients(wanted, part)
+    for start in range(0, count, size):
+        found = gradients(wanted, places[start : start + size])
         yield [found[name] for name in wanted]
 
 

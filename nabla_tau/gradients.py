@@ -122,13 +122,10 @@ class DualGradients:
         """The calls that one backward would do with, or None, and the reason is told."""
         if self.how not in (ONE, "not chosen yet"):
             return None
-        if tape.refusal:
-            return self._fall_back(tape.refusal)
         survey = tape.survey(losses, self.parameters)
-        if survey.stray is not None:
-            return self._fall_back(capture.owner(self.model, survey.stray))
-        if reason := capture.rows_differ(self.model, survey, len(losses)):
-            return self._fall_back(reason)
+        if reason := tape.refusal or capture.why_not(self.model, survey, len(losses)):
+            self._fall_back(reason)
+            return None
         return survey
 
     def _fall_back(self, reason: str) -> None:

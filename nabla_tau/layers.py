@@ -102,7 +102,7 @@ def parts_of(call: Call, gradient: Tensor, samples: int, wanted: Container[int])
     dtype, which under autocast is what the layer computed in.
     """
     module, given = call.module, call.input
-    weight, bias = ((p if id(p) in wanted else None) for p in (module.weight, getattr(module, "bias", None)))
+    weight, bias = (p if id(p) in wanted else None for p in map(module._parameters.get, ("weight", "bias")))
     found: list[Part] = []
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return [_lookup(call, gradient, samples)] if weight is not None else []
@@ -118,8 +118,10 @@ def parts_of(call: Call, gradient: Tensor, samples: int, wanted: Container[int])
         if bias is not None:
             found.append(_dense(bias, samples, gradient, gradient.ndim - 1, 1))
     else:
-        ndim = module.weight.ndim
-        axis = gradient.ndim - ndim if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) else 1
+        axis, ndim = 1, 1
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            ndim = len(module.normalized_shape)
+            axis = gradient.ndim - ndim
         if weight is not None:
             found.append(_dense(weight, samples, gradient * _normalised(module, given.to(gradient.dtype)), axis, ndim))
         if bias is not None:

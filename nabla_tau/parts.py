@@ -120,7 +120,8 @@ class Outer(Part):
 
 def _square_norms(rows: Tensor) -> Tensor:
     rows = rows.flatten(1).to(compute_dtype(rows))
-    return torch.linalg.vecdot(rows, rows)
+    norms: Tensor = torch.linalg.vecdot(rows, rows)
+    return norms
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +153,7 @@ class Patches(Part):
         conv, positions = self.conv, self.gradients.shape[2:].numel()
         patches = conv.weight.shape[1] * conv.groups * conv.weight.shape[2:].numel() * positions
         rows = len(self.inputs) // max(1, self.samples)
-        return super().bytes_each() + rows * patches * compute_dtype(self.inputs).itemsize
+        return super().bytes_each() + int(rows * patches) * compute_dtype(self.inputs).itemsize
 
     def each(self, at: slice) -> Tensor:
         conv, k, dtype = self.conv, len(self.inputs) // self.samples, compute_dtype(self.inputs)

@@ -79,7 +79,7 @@ def fisher_diagonal(
                 for name, gradient in zip(task.names, gradients, strict=True):
                     total[name] += gradient.to(total[name].dtype).square().sum(0)
             with torch.no_grad():
-                targets = task.losses(batch)[1]
+                targets = task.losses.of(batch)[1]
         count += has_loss(targets).sum() if loss is None else len(targets)
     if not int(count):
         raise ValueError("the Fisher information needs at least one sample with a loss, got none")
@@ -119,10 +119,10 @@ class _Task(NamedTuple):
         if checked and reason:
             return None
         with torch.enable_grad(), capture.recording(model, self.parameters) as tape:
-            losses, targets = self.losses(batch)
+            losses, targets = self.losses.of(batch)
         try:
             survey = tape.survey(losses, self.parameters)
-            reason = tape.refusal or self._reason(survey, losses)
+            reason = tape.refusal or capture.why_not(model, survey, len(losses))
             if not reason and not checked:
                 norms: list[Tensor] = []
                 coarsest = self._parts(losses, survey, lambda part: norms.append(part.norms()), retain_graph=True)
@@ -135,11 +135,6 @@ class _Task(NamedTuple):
         finally:
             tape.clear()
         return targets
-
-    def _reason(self, survey: capture.Survey, losses: Tensor) -> str:
-        if survey.stray is not None:
-            return capture.owner(self.losses.model, survey.stray)
-        return capture.rows_differ(self.losses.model, survey, len(losses))
 
     def _parts(
         self, losses: Tensor, survey: capture.Survey, use: Callable[[Part], object], *, retain_graph: bool = False

@@ -112,4 +112,4 @@ def test_launches_fit_a_tensor_core():
             config = launch.gram(count, dtype)
             assert 16 <= config.rows <= 64
             assert config.rows >= min(64, count)
-            assert config.classes * dtype.itemsize == 128
+            assert config.classes >= 16
