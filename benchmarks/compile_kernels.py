@@ -88,6 +88,9 @@ def cases() -> Iterator[Case]:
         for kernel in ("multilabel.forward", "multilabel.backward"):
             for classes in (10, 4096):
                 yield Case(kernel, "plain", dtype, classes, quick=(dtype, classes) == ("fp32", 4096))
+    for dtype in ("bf16", "fp16", "fp32"):
+        for width in (64, 1000, 4096):
+            yield Case("gram.norms", "tiles", dtype, width, quick=(dtype, width) == ("bf16", 1000))
     yield Case("rows.tile", FORWARD[0], "bf16", 256)
     yield Case("rows.tile", FORWARD[1], "fp16", 1000)
     for form in GATES:
@@ -112,17 +115,27 @@ def limit_of(case: Case, target: str, threads: int) -> int:
     return 128 if target == "gfx942" else 65536 // max(threads, 512)
 
 
-def arguments(case: Case) -> tuple[Any, Any, dict[str, Any]]:
+def arguments(case: Case, target: str) -> tuple[Any, Any, dict[str, Any]]:
     """The kernel, its launch configuration, and its arguments: "*type" for a pointer, (value,) for a number known at
     run time, anything else for a constant."""
     import torch
 
-    from nabla_tau.kernels import launch, multilabel, rows
+    from nabla_tau.kernels import gram, launch, multilabel, rows
 
     module, name = case.kernel.split(".")
     if module.startswith("update"):
         return update_arguments(case.kernel, case.form, case.dtype)
-    kernel = getattr({"rows": rows, "multilabel": multilabel}[module], f"_{name}_kernel")
+    kernel = getattr({"rows": rows, "multilabel": multilabel, "gram": gram}[module], f"_{name}_kernel")
+    if module == "gram":
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[case.dtype]
+        config, align = launch.gram(512, dtype), launch.alignment(case.classes)
+        return kernel, config, {
+            "inputs": f"*{case.dtype}", "gradients": f"*{case.dtype}", "partial": "*fp32",
+            "T": (512,), "p_units": (case.classes // align,), "q_units": (case.classes // align,), "ALIGN": align,
+            "WIDEN": False,
+            "PRECISION": gram.precision(dtype, target == "gfx942"),
+            "BLOCK_T": config.rows, "BLOCK_K": config.classes,
+        }  # fmt: skip
     data, real = f"*{case.dtype}", "fp64" if case.dtype == "fp64" else "fp32"
     torch_real = torch.float64 if real == "fp64" else torch.float32
     smoothing = 0.1 if "smoothed" in case.form else 0.0
@@ -190,7 +203,7 @@ def compile_case(job: tuple[Case, str]) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    kernel, config, given = arguments(case)
+    kernel, config, given = arguments(case, target)
     done = Compiled(case.kernel, case.form, case.dtype, case.classes, target, config.threads)
     gpu = GPUTarget(*TARGETS[target])
     log = io.StringIO()
@@ -210,6 +223,8 @@ def compile_case(job: tuple[Case, str]) -> Compiled:
         done.spills = sum(map(int, re.findall(r"(\d+) bytes spill", log.getvalue())))
         text, wide = compiled.asm["ptx"], r"{}\.global\S*\.(v4\.b32|v2\.b64|v8\.b32|v4\.b64)"
         done.wide_loads, done.wide_stores = (bool(re.search(wide.format(op), text)) for op in ("ld", "st"))
+        # A copy to shared memory that passes the registers by.
+        done.wide_loads |= bool(re.search(r"cp\.async\.c[ag]\.shared\.global .*, (16|0x10),", text))
     else:
         text = compiled.asm["amdgcn"]
         done.registers = int(_first(r"\.vgpr_count:\s+(\d+)", text))

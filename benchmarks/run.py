@@ -32,6 +32,7 @@ BENCHES = {  # module and function, imported when asked for: each needs other pa
     "rows": ("bench_rows", "run"),
     "linear_rows": ("bench_linear_rows", "run"),
     "update": ("bench_update", "run"),
+    "norms": ("bench_norms", "run"),
     "mia": ("bench_mia", "run"),
     "shadow": ("bench_shadow", "run"),
     "step": ("bench_step", "run"),

@@ -88,3 +88,14 @@ def chunk(itemsize: int) -> Launch:
 def in_order() -> Launch:
     """For one program that goes through the parameters, or through the sums of all chunks."""
     return Launch(1, 1024, 256)
+
+
+def gram(count: int, dtype: torch.dtype) -> Launch:
+    """For the Grams of `count` rows a sample: tiles of `rows` x `rows`, features `classes` at a time.
+
+    Of two 64 x 64 tiles each of 256 threads keeps 32 numbers, which leaves room for 512 threads on a multiprocessor.
+    128 bytes of a row are read at a time, 64 of float32, which takes three registers to multiply a number. A tensor
+    core takes 16 rows at least.
+    """
+    block = min(64, max(16, _ceil_pow2(max(1, count))))
+    return Launch(block, (64 if dtype == torch.float32 else 128) // dtype.itemsize, 256 if block == 64 else 128)

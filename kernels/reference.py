@@ -182,3 +182,13 @@ def multilabel_rows_grad(logits: Tensor, targets: Tensor, weights: Tensor) -> Te
     z, t = _binary_parts(logits, targets)
     w = weights.to(z.dtype).unsqueeze(1)
     return torch.where(w == 0, 0.0, w * _binary_gradient(z, t)).to(logits.dtype)
+
+
+def gram_norms(inputs: Tensor, gradients: Tensor) -> Tensor:
+    """|sum_t g_t a_t^T|^2 of each sample, = sum_{t,s} (a_t . a_s)(g_t . g_s), without the sum itself.
+
+    inputs [B, T, p], gradients [B, T, q]; the result is [B], float32 (float64 where the inputs are).
+    """
+    a, g = (value.to(compute_dtype(inputs)) for value in (inputs, gradients))
+    # Rounding may leave a sum of nothing below 0.
+    return (torch.bmm(a, a.mT) * torch.bmm(g, g.mT)).sum((1, 2)).clamp(min=0)

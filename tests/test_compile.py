@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 def kernels() -> set[str]:
     """Names of the kernels in the sources, as the table writes them; a new one has to be in the table too."""
     found = set()
-    for name in ("rows", "multilabel", "update", "update_sums"):
+    for name in ("rows", "multilabel", "gram", "update", "update_sums"):
         text = (ROOT / "kernels" / f"{name}.py").read_text()
         found |= {f"{name}.{kernel}" for kernel in re.findall(r"^def _(\w+)_kernel\(", text, re.MULTILINE)}
     return found

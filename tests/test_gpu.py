@@ -10,10 +10,13 @@ import torch
 from conftest import blobs, mlp
 
 from nabla_tau import Unlearner, nabla_tau_loss, unlearn
-from nabla_tau.functional import row_losses, row_signals, sample_signals
+from nabla_tau.functional import row_losses, row_signals, sample_losses, sample_signals
+from nabla_tau.gradients import ONE, DualGradients
+from nabla_tau.kernels import reference
 from nabla_tau.linear import linear_nabla_tau_loss
 from nabla_tau.optim import Ball, DualAdamW, DualSGD, Noise
 from nabla_tau.recipes import RECIPES
+from nabla_tau.sample_norms import sample_gradient_norms
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 
@@ -228,3 +231,46 @@ def test_an_optimizer_step_is_captured_and_never_makes_the_host_wait(kind):
     step(one)  # by itself again, after replays that wrote a table of their own
     step(other)
     assert all(map(torch.equal, captured, plain))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("count", "p", "q"), [(1, 64, 8), (17, 33, 70), (300, 256, 128), (1024, 72, 1000)])
+def test_gram_norms_are_those_of_the_gradient(count, p, q, dtype):
+    from nabla_tau.kernels.gram import gram_norms
+
+    generator = torch.Generator().manual_seed(count)
+    a, g = (torch.randn(5, count, width, generator=generator).to(dtype) for width in (p, q))
+    wanted = reference.gram_norms(a.double(), g.double())
+    found = gram_norms(a.cuda(), g.cuda())
+    torch.testing.assert_close(found.cpu().double(), wanted, rtol=1e-4, atol=0)
+    assert torch.equal(gram_norms(a.cuda(), g.cuda()), found)
+
+
+def test_norms_and_dual_gradients_are_those_of_the_cpu_and_never_make_the_host_wait():
+    torch.manual_seed(0)
+    model, (x, y) = mlp(width=64), blobs(40)
+    weights = torch.rand(40)
+
+    def dual(model, x, y, weights):
+        parameters = list(model.parameters())
+        taken = DualGradients(model, parameters)
+        for batch in range(2):  # the first is compared, and waits
+            if batch and x.is_cuda:
+                torch.cuda.synchronize()
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                with taken.watch():
+                    losses = sample_losses(model(x), y)
+                found = taken.backward(losses, weights, 15)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        assert taken.how == ONE
+        return found
+
+    norms, here = sample_gradient_norms(model, (x, y)), dual(model, x, y, weights)
+    model = model.cuda()
+    there = dual(model, x.cuda(), y.cuda(), weights.cuda())
+    torch.testing.assert_close(sample_gradient_norms(model, (x, y)).cpu(), norms, rtol=1e-3, atol=1e-6)
+    for ours, theirs in zip(there, here, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a.cpu(), b, rtol=1e-3, atol=1e-5)
