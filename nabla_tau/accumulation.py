@@ -176,7 +176,7 @@ class Accumulation:
             looked_at = [(piece, *self.sample_losses(piece.batch)) for piece in group.pieces]
         own = [(losses, counts) for piece, losses, counts in looked_at if piece.own]
         found = self._weigh(*self._joined(own))
-        weights = iter(found.weights.split([len(losses) for losses, _ in own]))
+        weights = iter(torch.split(found.weights, [len(losses) for losses, _ in own]))
         self._run(group, lambda losses, _: next(weights) if len(losses) else losses, last=last)
         return found.terms
 
@@ -260,8 +260,8 @@ class Accumulation:
         if self.ranks.size > 1:
             columns = torch.stack([column.to(self.alpha) for column in (losses.detach(), mask, counts, units)], 1)
             rows, own = self.ranks.gather(columns)
-            losses, units = rows[:, 0], rows[:, 3]
-            mask, counts = rows[:, 1] > 0, rows[:, 2] > 0
+            losses, is_forget, does_count, units = rows.T.contiguous()
+            mask, counts = is_forget > 0, does_count > 0
         else:
             own = slice(None)
         leaf = losses.detach().requires_grad_()

@@ -11,14 +11,14 @@ sizes over gloo, from host to host, so that a GPU is not waited for; losses over
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-ProcessGroup: TypeAlias = "dist.ProcessGroup"
+ProcessGroup: TypeAlias = Any  # torch.distributed.ProcessGroup, which a build without it does not have
 Parallel: TypeAlias = Literal["alone", "plain", "ddp", "fsdp"]
 
 
@@ -73,6 +73,11 @@ class Ranks:
         return self.parallel in ("ddp", "fsdp")
 
     @property
+    def host(self) -> ProcessGroup | None:
+        """The group of host-to-host messages; None where there is one process."""
+        return None if self._groups is None else self._groups.host
+
+    @property
     def averaging(self) -> float:
         """What the gradients are divided by when they are reduced; the losses' weights are multiplied by it."""
         return float(self.size) if self.lockstep else 1.0
@@ -122,6 +127,24 @@ class Ranks:
             dist.all_reduce(value, group=self._groups.values)
         return value
 
+    def in_step(self, batches: Iterable[Any], count: Callable[[Any], int]) -> Iterator[tuple[int, Any, bool]]:
+        """Batches with their numbers, and whether they are this rank's own: FSDP2 gathers its weights in every forward,
+        so a rank that has no batch, or an empty one, goes through another one with those that have. Else empty ones are
+        left out."""
+        iterator, number, spare = iter(batches), 0, None
+        while True:
+            batch = next(iterator, None)
+            filled = batch is not None and count(batch) > 0
+            spare = batch if filled or spare is None else spare
+            states = [[batch is not None, filled]]
+            if self.parallel == "fsdp":
+                states = [[bool(value) for value in row] for row in self.numbers(*map(int, states[0]))]
+            if not any(there for there, _ in states):
+                return
+            if filled or any(some for _, some in states):
+                yield number, batch if filled else spare, filled
+            number += 1
+
     @contextlib.contextmanager
     def gradients_stay(self, model: nn.Module, stay: bool) -> Iterator[None]:
         """Around forward and backward of a micro-batch that is not the last: DDP is not to reduce yet. (FSDP2 reduces
@@ -143,13 +166,17 @@ class Ranks:
             same = [g for g in gradients if g.dtype == dtype]
             flat = torch.cat([g.flatten() for g in same])
             dist.all_reduce(flat, group=self._groups.values)
-            for gradient, part in zip(same, flat.split([g.numel() for g in same]), strict=True):
+            for gradient, part in zip(same, torch.split(flat, [g.numel() for g in same]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel; any other as it is."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def _members_of(process_group: ProcessGroup) -> tuple[int, ...]:
+    return tuple(dist.get_process_group_ranks(process_group))
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -194,11 +221,11 @@ def ranks_of(model: nn.Module, process_group: ProcessGroup | Literal["auto"] | N
     running = dist.is_available() and dist.is_initialized()
     parallel: Parallel
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        members, parallel = tuple(dist.get_process_group_ranks(model.process_group)), "ddp"
+        members, parallel = _members_of(model.process_group), "ddp"
     elif running and is_sharded(model):
         members, parallel = _fsdp_members(model), "fsdp"
     elif running and process_group not in ("auto", None):
-        members, parallel = tuple(dist.get_process_group_ranks(process_group)), "plain"
+        members, parallel = _members_of(process_group), "plain"
     elif process_group == "auto" and running and dist.get_world_size() > 1:
         raise ValueError(
             f"torch.distributed runs {dist.get_world_size()} processes, but this model is not wrapped, so each would "
@@ -208,28 +235,37 @@ def ranks_of(model: nn.Module, process_group: ProcessGroup | Literal["auto"] | N
         )
     else:
         return Ranks()
-    if process_group not in ("auto", None) and set(dist.get_process_group_ranks(process_group)) != set(members):
+    if process_group not in ("auto", None) and set(_members_of(process_group)) != set(members):
         raise ValueError("process_group is not the one that the model is wrapped for: leave it out")
     return Ranks(parallel, members, device)
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor | Any) -> Tensor:
     """The whole of a sharded tensor (every rank must ask); any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole
+
+
+def local_tensor(tensor: Tensor | Any) -> Tensor:
+    """This rank's part of a sharded tensor; any other as it is."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
 
 
 def assign(parameter: Tensor, whole: Tensor) -> None:
     """Set a parameter, or this rank's part of one that is sharded, from the whole value that every rank has."""
-    if hasattr(parameter, "device_mesh"):
+    sharded: Any = parameter
+    if hasattr(sharded, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
-        whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        whole = distribute_tensor(whole, sharded.device_mesh, sharded.placements, src_data_rank=None)
     parameter.copy_(whole)
 
 
 def gradient_norm(gradient: Sequence[Tensor | None], *, like: Tensor) -> Tensor:
     """Norm of all gradients together, 0-d; of sharded ones that of the whole."""
-    kinds: dict[Any, list[Tensor]] = {}
+    kinds: dict[Any, list[Any]] = {}
+    part: Any
     for part in gradient:
         if part is not None:
             kind = (part.device_mesh, part.placements) if hasattr(part, "device_mesh") else None
@@ -238,13 +274,15 @@ def gradient_norm(gradient: Sequence[Tensor | None], *, like: Tensor) -> Tensor:
     return torch.stack(norms).norm() if len(norms) > 1 else norms[0] if norms else torch.zeros_like(like)
 
 
-def _norm_of_kind(kind: Any, parts: list[Tensor]) -> Tensor:
+def _norm_of_kind(kind: Any, parts: list[Any]) -> Tensor:
     if kind is None:
-        return torch.stack(torch._foreach_norm(parts)).norm()
+        found: Tensor = torch.stack(torch._foreach_norm(parts)).norm()
+        return found
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     mesh, placements = kind
-    local = torch.stack(torch._foreach_norm([part.to_local() for part in parts])).norm()
+    local = torch.stack(torch._foreach_norm([local_tensor(part) for part in parts])).norm()
     summed = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
     # float64: the square of a small float32 norm would be 0.
-    return DTensor.from_local(local.double() ** 2, mesh, summed, run_check=False).full_tensor().sqrt()
+    squares = DTensor.from_local(local.double() ** 2, mesh, summed, run_check=False)
+    return full_tensor(squares).sqrt()

@@ -15,6 +15,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# Imported once, in the server that the workers are forked from.
+PRELOADED = [
+    "nabla_tau.auditing",
+    "nabla_tau.loop",
+    "nabla_tau.report",
+    "pytest",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+]
 TIMEOUT = datetime.timedelta(seconds=60)  # a deadlock is an error, not a hanging test
 
 
@@ -39,7 +49,8 @@ class Processes:
     """`run(function, size, *args)`: what the function, of a module, gives on each of `size` ranks of a gloo group."""
 
     def __init__(self, most: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        multiprocessing.set_forkserver_preload(PRELOADED)
+        context = multiprocessing.get_context("forkserver")
         self.folder = tempfile.TemporaryDirectory()
         self.numbers = itertools.count()
         self.connections, self.workers = [], []

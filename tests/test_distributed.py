@@ -26,13 +26,6 @@ ROWS = {
 }
 
 
-@pytest.fixture(scope="module")
-def processes():
-    found = Processes(4)
-    yield found
-    found.close()
-
-
 class Net(nn.Module):
     """Logits of two tokens. `spare` is reached by no loss."""
 
