@@ -102,6 +102,32 @@ def default_forward(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     )
 
 
+def sample_count(batch: Batch) -> int:
+    """Samples of a batch by its first tensor; 1 where that has no dimension."""
+    found = tensors_of(batch)
+    return len(found[0]) if found and found[0].ndim else 1
+
+
+def rows_between(batch: Batch, rows: slice) -> Batch:
+    """These samples of a batch; what is not a tensor or a list (None, a number, a string) goes with each.
+
+    Raises ValueError for tensors and lists that do not have one entry a sample.
+    """
+    count = sample_count(batch)
+
+    def cut(leaf: Any) -> Any:
+        if not isinstance(leaf, (Tensor, tuple, list)) or (isinstance(leaf, Tensor) and leaf.ndim == 0):
+            return leaf
+        if len(leaf) != count:
+            raise ValueError(
+                "cannot take a part of this batch: every tensor and list must have one entry a sample, got lengths "
+                f"{count} and {len(leaf)}"
+            )
+        return leaf[rows]
+
+    return map_leaves(cut, batch)
+
+
 def concatenate(forget: Batch, retain: Batch) -> Batch | None:
     """One batch with the forget samples first, or None where the two cannot be one batch.
 

@@ -8,6 +8,7 @@ is never right: its loss there is the loss of that label on data of other classe
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -17,9 +18,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import chi2_contingency, hypergeom
 from torch import Tensor, nn
 
-from nabla_tau.batch import Forward
-from nabla_tau.evaluation import SampleLoss, counted_losses, forward_batches
-from nabla_tau.functional import has_loss
+from nabla_tau.batch import Batch, Forward
+from nabla_tau.distributed import Ranks, Share
+from nabla_tau.evaluation import SampleLoss, counting_losses, over_samples
 from nabla_tau.kernels.reference import compute_dtype
 from nabla_tau.objective import Target, target_from_losses
 from nabla_tau.sources import Source
@@ -103,6 +104,8 @@ def measure_target(
     samples: int | None = None,
     seed: int = 0,
     absent_limit: float = math.inf,
+    ranks: Ranks | None = None,
+    sharded: bool = False,
 ) -> Target:
     """Target of the forget losses for this kind of forget set, from one forward pass over the held-out data.
 
@@ -110,24 +113,31 @@ def measure_target(
     set) / (its share in the held-out set). Whole classes: -log p(removed label) on held-out samples of other classes,
     in the share that those classes have in the forget set, and the skewed rule for the rest; that loss is cut off at
     `absent_limit`, since the ascent raises it along with the forget losses. samples: for a random subset look only at
-    about so many held-out samples, drawn by `seed`. Raises ValueError where the held-out data has no sample of the
-    classes that the target is about.
+    about so many held-out samples, drawn by `seed`. ranks, sharded: as in `over_samples`; every rank gets the target of
+    all held-out samples. Raises ValueError where the held-out data has no sample of the classes that the target is
+    about.
     """
     plain = kind.kind == "random subset" or kind.forget_share is None
     few = plain and samples is not None
-    batches = held_out.sample(samples or 0, batch_size, seed) if few else held_out.read(batch_size)
     removed = torch.tensor(kind.removed, dtype=torch.long)
-    losses, labels, absent = [], [], []
-    for logits, targets in forward_batches(model, batches, forward):
-        losses.append(counted_losses(loss, logits, targets))
-        if not plain:
-            counted = has_loss(targets)
-            labels.append(targets[counted])
-            absent.append(-logits[counted].to(compute_dtype(logits)).log_softmax(1)[:, removed.to(logits.device)])
-    every = torch.cat(losses)
+
+    def read(share: Share) -> Iterator[Batch]:
+        if few:
+            wanted = -(-(samples or 0) // (ranks.size if ranks and sharded else 1))
+            return held_out.sample(wanted, batch_size, seed, share)
+        return held_out.read(batch_size, share=share)
+
+    def compute(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        losses, counts = counting_losses(loss, logits, targets)
+        if plain:
+            return losses, counts
+        return losses, counts, targets, -logits.to(compute_dtype(logits)).log_softmax(1)[:, removed.to(logits.device)]
+
+    columns = over_samples(model, read, compute, forward=forward, ranks=ranks, sharded=sharded)
+    every, *others = (column[columns[1]] for column in (columns[0], *columns[2:]))
     if kind.forget_share is None or plain:
         return target_from_losses(every)
-    label = torch.cat(labels).long()
+    label, absent = others[0].long(), others[1]
     wanted = torch.as_tensor(kind.forget_share, device=every.device, dtype=every.dtype)
     wanted = torch.nn.functional.pad(wanted, (0, max(int(label.max()) + 1 - len(wanted), 0)))
     share = torch.bincount(label, minlength=len(wanted)).to(every) / len(label)
@@ -144,7 +154,7 @@ def measure_target(
     if not kind.removed:
         return target_from_losses(every, kept)
     kept = kept / kept.sum().clamp(min=1e-12) * kept_share
-    surprise = torch.cat(absent).to(every).clamp(max=absent_limit)[~is_removed]
+    surprise = absent.to(every).clamp(max=absent_limit)[~is_removed]
     each = wanted[removed.to(every.device)] / len(surprise)
     all_losses = torch.cat((every, surprise.flatten()))
     return target_from_losses(all_losses, torch.cat((kept, each.expand(len(surprise), -1).flatten())))

@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nabla_tau.batch import Batch, Forward, default_forward, to_device
+from nabla_tau.batch import Batch, Forward, default_forward, sample_count, to_device
+from nabla_tau.distributed import WHOLE, ProcessGroup, Ranks, Share, ranks_of, unwrapped
 from nabla_tau.functional import Task, has_loss, infer_task, sample_losses, sample_signals
 from nabla_tau.sources import as_source
 
@@ -88,6 +89,40 @@ def forward_batches(
         yield output
 
 
+def over_samples(
+    model: nn.Module,
+    read: Callable[[Share], Iterable[Batch]],
+    compute: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    *,
+    forward: Forward | None = None,
+    ranks: Ranks | None = None,
+    sharded: bool = False,
+) -> list[Tensor]:
+    """What `compute` makes of the logits and targets of each batch, some tensors [B, ...], of all samples [N, ...].
+
+    read: the batches, of which a rank looks at its share; everyone gets all of it, in the order of one process. With
+    `sharded` data each rank reads its own, and the order is that of the ranks.
+    """
+    ranks = ranks or Ranks()
+    parts: list[tuple[Tensor, ...]] = []
+    numbers: list[int] = []
+    batches = read(WHOLE if sharded else ranks.share)
+    # DDP would send buffers around, which nothing changes here.
+    for number, batch, own in ranks.in_step(batches, sample_count):
+        for logits, targets in forward_batches(unwrapped(model), [batch], forward):
+            if own:
+                parts.append(compute(logits, targets))
+                numbers += [number] * len(parts[-1][0])
+    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+    if ranks.size == 1:
+        return columns
+    gathered = [found for found in ranks.objects((numbers, [c.cpu() for c in columns])) if found[0]]
+    order = torch.tensor([number for found in gathered for number in found[0]])
+    order = torch.arange(len(order)) if sharded else order.argsort(stable=True)
+    device = device_of(model)
+    return [torch.cat(column)[order].to(device) for column in zip(*(found[1] for found in gathered), strict=True)]
+
+
 def checked_losses(loss: SampleLoss | None, logits: Tensor, targets: Tensor) -> Tensor:
     """Per-sample losses [B], by the caller's function where there is one; ValueError for any other shape."""
     losses = (loss or sample_losses)(logits, targets)
@@ -96,18 +131,26 @@ def checked_losses(loss: SampleLoss | None, logits: Tensor, targets: Tensor) -> 
     return losses
 
 
-def counted_losses(loss: SampleLoss | None, logits: Tensor, targets: Tensor) -> Tensor:
-    """`checked_losses` of the samples that count (`functional.has_loss`)."""
+def counting_losses(loss: SampleLoss | None, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """`checked_losses` [B], and which samples count [B] (`functional.has_loss`)."""
     losses = checked_losses(loss, logits, targets)
-    return losses[has_loss(targets)] if loss is None else losses
+    return losses, has_loss(targets) if loss is None else torch.ones_like(losses, dtype=torch.bool)
 
 
 def mean_loss(
-    model: nn.Module, batches: Iterable[Batch], *, forward: Forward | None = None, loss: SampleLoss | None = None
+    model: nn.Module,
+    read: Callable[[Share], Iterable[Batch]],
+    *,
+    forward: Forward | None = None,
+    loss: SampleLoss | None = None,
+    ranks: Ranks | None = None,
+    sharded: bool = False,
 ) -> float:
-    """Mean loss of the samples of some batches, in eval mode and without gradient."""
-    outputs = forward_batches(model, batches, forward)
-    return float(torch.cat([counted_losses(loss, logits, targets) for logits, targets in outputs]).double().mean())
+    """Mean loss of the samples of some batches (`over_samples`), in eval mode and without gradient."""
+    losses, counts = over_samples(
+        model, read, lambda *output: counting_losses(loss, *output), forward=forward, ranks=ranks, sharded=sharded
+    )
+    return float(losses[counts].double().mean())
 
 
 def evaluate(
@@ -117,24 +160,35 @@ def evaluate(
     forward: Forward | None = None,
     loss: SampleLoss | None = None,
     batch_size: int = 256,
+    process_group: ProcessGroup | None = None,
 ) -> Signals:
     """Signals of every sample of a data set, in eval mode; the model's modes and gradients are left as they were.
 
     data: tensors, Dataset or DataLoader (`nabla_tau.sources.as_source`). forward: (model, batch) -> (logits, targets),
     where the model is not simply called on the inputs. loss: (logits, targets) -> per-sample losses [B], for a model
     that is not a classifier. Raises TypeError and ValueError for data and shapes that do not fit.
+
+    A model under DDP or FSDP2 is evaluated by all of its ranks, each on a share of every batch, and so is a plain model
+    that is the same on every rank of `process_group`: all must call this, with the same data, and all get the signals
+    of all samples, in the order of one process.
     """
-    parts: list[tuple[Tensor, ...]] = []
-    task: Task | None = None
-    for logits, targets in forward_batches(model, as_source(data, "data").read(batch_size), forward):
+    source = as_source(data, "data")
+    ranks = ranks_of(model, process_group)
+    tasks: list[Task] = []
+
+    def signals_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         if loss is not None:
-            parts.append((checked_losses(loss, logits, targets),))
-            continue
-        task = infer_task(logits, targets)
+            return (checked_losses(loss, logits, targets),)
+        tasks.append(infer_task(logits, targets))
         signals = sample_signals(logits, targets)
-        labels = (targets,) if task == "classification" else ()
-        parts.append((signals.loss, signals.entropy, signals.margin, signals.correct, *labels))
-    joined = [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
+        labels = (targets,) if tasks[-1] == "classification" else ()
+        return signals.loss, signals.entropy, signals.margin, signals.correct, *labels
+
+    columns = over_samples(
+        model, lambda share: source.read(batch_size, share=share), signals_of, forward=forward, ranks=ranks
+    )
+    task = next((found for found in ranks.objects(tasks[-1] if tasks else None) if found is not None), None)
+    joined = [column.cpu() for column in columns]
     arrays: list[NDArray[Any]] = [c.double().numpy() if c.is_floating_point() else c.numpy() for c in joined]
     if len(arrays) == 1:
         return Signals(arrays[0], None, None, None, None, None)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nabla_tau.batch import map_leaves, tensors_of
+from nabla_tau.distributed import full_tensor, unwrapped
 from nabla_tau.sources import Source, TensorSource
 
 
@@ -17,14 +18,20 @@ def of_tensors(tensors: Iterable[Tensor]) -> str:
     """Of shapes, dtypes and contents."""
     digest = hashlib.sha256()
     for tensor in tensors:
+        tensor = full_tensor(tensor)
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
+def of_texts(texts: Iterable[str]) -> str:
+    """Of some fingerprints, in their order."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+
+
 def of_model(model: nn.Module) -> str:
-    """Of all parameters and buffers, by name."""
-    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    """Of all parameters and buffers, by name; the same whether the model is on one process or wrapped for several."""
+    state = {name: value for name, value in unwrapped(model).state_dict().items() if isinstance(value, Tensor)}
     names = hashlib.sha256("\n".join(state).encode()).hexdigest()
     return hashlib.sha256((names + of_tensors(state.values())).encode()).hexdigest()
 

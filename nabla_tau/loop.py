@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from nabla_tau._library import row_provider
-from nabla_tau.batch import Batch, Forward, tensors_of
-from nabla_tau.checkpoint import load_checkpoint, save_checkpoint
+from nabla_tau.batch import Forward, sample_count
 from nabla_tau.classes import measure_target
+from nabla_tau.distributed import WHOLE, ProcessGroup, local_tensor, ranks_of, unwrapped
 from nabla_tau.evaluation import SampleLoss, device_of, evaluation_mode, mean_loss
 from nabla_tau.history import History, Log, diagnose
 from nabla_tau.perturbation import shrink_and_perturb
@@ -25,6 +25,7 @@ from nabla_tau.preparation import Prepared, prepare
 from nabla_tau.progress import progress_bar
 from nabla_tau.recipes import RECIPES, Plan, Recipe, forget_batch_size, learning_rate_from_weights, make_plan
 from nabla_tau.result import NonFiniteLossError, UnlearnResult
+from nabla_tau.run_files import exists, load_parts, load_run, save_run
 from nabla_tau.sources import Stream, derive_seed
 from nabla_tau.unlearner import Unlearner, trainable_parameters
 
@@ -47,6 +48,9 @@ def unlearn(
     retain_is_unseen: bool = False,
     seed: int = 0,
     inplace: bool = False,
+    micro_batch_size: int | None = None,
+    process_group: ProcessGroup | Literal["auto"] | None = "auto",
+    data_is_sharded: bool = False,
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
     resume: bool = False,
@@ -66,12 +70,22 @@ def unlearn(
     the inputs. loss: (logits, targets) -> per-sample losses [B], for anything but classification.
 
     The model runs in eval mode (norm statistics frozen, dropout off). It is copied unless inplace=True; its modes and
-    the global random state are as before afterwards. seed fixes the data order and the noise. checkpoint: file
-    written atomically every `checkpoint_every` steps (default: as often as tau is measured); resume=True goes on from
-    it where it exists, and gives the very weights that an uninterrupted run gives (on the CPU; a data set whose own
-    random state, or that of persistent workers, goes on from pass to pass cannot be resumed). log: called as
-    log(values, step) for every step, some steps late. progress: a bar on a terminal. performance: "auto" runs the
-    model in a faster form, the same but for rounding (`nabla_tau.performance`), "off" as it is.
+    the global random state are as before afterwards. seed fixes the data order and the noise. micro_batch_size: samples
+    that go through the model at once, on each process; it changes the memory that a step takes, not the step.
+    checkpoint: file written atomically every `checkpoint_every` steps (default: as often as tau is measured);
+    resume=True goes on from it where it exists, and gives the very weights that an uninterrupted run gives (on the CPU;
+    a data set whose own random state, or that of persistent workers, goes on from pass to pass cannot be resumed). log:
+    called as log(values, step) for every step, some steps late. progress: a bar on a terminal. performance:
+    "auto" runs the model in a faster form, the same but for rounding (`nabla_tau.performance`), "off" as it is.
+
+    Several processes (torchrun): every rank calls this with the same arguments and the whole data, and works on its
+    share of every batch, so that their number changes the speed and nothing else (but for the numbers that random
+    transforms of a Dataset draw). The model is in DistributedDataParallel, or fully_shard was applied to it (which
+    cannot be copied: inplace=True), or it is a plain model, the same on all ranks of `process_group` (see `Unlearner`).
+    data_is_sharded=True: each rank gives samples of its own instead (or DataLoaders with a DistributedSampler); the
+    recipe's batch sizes are those of all ranks together. tau, gate, history and result are those of all ranks. Bars,
+    warnings and `log` come from rank 0, which also writes the checkpoint; of a sharded model it is a folder, which all
+    ranks write with torch.distributed.checkpoint. Any number of ranks may resume it, unless the data is sharded.
 
     Raises TypeError and ValueError for data, labels or settings that do not fit, before anything is changed;
     NonFiniteLossError, with the last good weights, when a loss becomes nan or infinite.
@@ -83,8 +97,11 @@ def unlearn(
     if checkpoint_every is not None and checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be at least 1 step, got {checkpoint_every}")
     path = None if checkpoint is None else Path(checkpoint)
-    if path is not None and path.exists() and not resume:
+    ranks = ranks_of(model, process_group)
+    if path is not None and not resume and not ranks.all(not path.exists()):
         raise ValueError(f"checkpoint {path} exists: pass resume=True to go on from it, or remove it")
+    if ranks.parallel == "fsdp" and not inplace:
+        raise ValueError("a model to which fully_shard was applied cannot be copied: pass inplace=True")
     with torch.enable_grad(), torch.random.fork_rng(devices=_cuda_devices(device_of(model))):
         torch.manual_seed(derive_seed(seed, GLOBAL))
         data = prepare(
@@ -96,13 +113,17 @@ def unlearn(
             loss=loss,
             retain_is_unseen=retain_is_unseen,
             seed=seed,
+            ranks=ranks,
+            sharded=data_is_sharded,
         )
         if not inplace:
             model = copy.deepcopy(model)
         with evaluation_mode(model):
-            run = _Run(model, data, recipe, forward, loss, seed, History(log), performance)
-            result = run.execute(path, checkpoint_every, progress)
-    for message in result.warnings:
+            own = {"micro_batch_size": micro_batch_size, "process_group": process_group, "performance": performance}
+            history = History(log if ranks.rank == 0 else None)
+            run = _Run(model, data, recipe, forward, loss, seed, history, data_is_sharded, own)
+            result = run.execute(path, checkpoint_every, progress and ranks.rank == 0)
+    for message in result.warnings if ranks.rank == 0 else ():
         warnings.warn(message, stacklevel=2)
     return result
 
@@ -123,7 +144,8 @@ class _Run:
         loss: SampleLoss | None,
         seed: int,
         history: History,
-        performance: str,
+        sharded: bool,
+        own: dict[str, Any],
     ) -> None:
         self.model, self.data, self.recipe = model, data, recipe
         self.loss, self.seed, self.history = loss, seed, history
@@ -139,10 +161,17 @@ class _Run:
         counts, size = data.counts, recipe.batch_size
         forget_size = forget_batch_size(recipe, counts["forget"], counts["retain"])
         learning_rate = recipe.learning_rate or learning_rate_from_weights(trainable_parameters(model))
+        self.ranks, self.sharded = ranks_of(model, own["process_group"]), sharded
+        share = WHOLE if sharded else self.ranks.share
+        if sharded:  # what a rank's own samples give to a batch of all
+            forget_size, size = (-(-n // self.ranks.size) for n in (forget_size, size))
+        passes = data.forget.batches_per_pass(forget_size), data.retain.batches_per_pass(size)
+        # A rank whose samples are used up begins its next pass while the others finish theirs.
+        self.forget_batches, self.retain_batches = map(max, zip(*self.ranks.numbers(*passes), strict=True))
         self.plan: Plan = make_plan(
             recipe,
-            forget_batches=data.forget.batches_per_pass(forget_size),
-            retain_batches=data.retain.batches_per_pass(size),
+            forget_batches=self.forget_batches,
+            retain_batches=self.retain_batches,
             forget_count=counts["forget"],
             retain_count=counts["retain"],
             learning_rate=learning_rate,
@@ -157,13 +186,13 @@ class _Run:
             learning_rate=learning_rate,
             forward=forward,
             loss=loss,
-            performance=performance,
+            **own,
         )
-        if performance == "auto":
+        if self.unlearner.performance.mode == "auto":
             self.unlearner.performance.look(next(iter(data.retain.sample(2, 2, seed))))
         self.forward = self.unlearner.performance.forward_alone
-        self.forget_stream = Stream(data.forget, forget_size, seed, FORGET)
-        self.retain_stream = Stream(data.retain, size, seed, RETAIN)
+        self.forget_stream = Stream(data.forget, forget_size, seed, FORGET, share)
+        self.retain_stream = Stream(data.retain, size, seed, RETAIN, share)
         self.step = 0
         self.seconds = 0.0
         self.measured: dict[str, float] = {}
@@ -171,8 +200,8 @@ class _Run:
     def execute(self, path: Path | None, checkpoint_every: int | None, progress: bool) -> UnlearnResult:
         started = time.perf_counter()
         good = self._snapshot()
-        if path is not None and path.exists():
-            self.load_state_dict(load_checkpoint(path, self.unlearner.device), path)
+        if path is not None and exists(path, self.ranks):
+            self.load_state_dict(load_run(path, self.unlearner.device, self.ranks), path)
             good = self._snapshot()
             started -= self.seconds
             logger.info("resumed from %s at step %d of %d", path, self.step, self.plan.steps)
@@ -191,7 +220,7 @@ class _Run:
                     update(self.step, note)
                 if at_checkpoint and path is not None:
                     self.seconds = time.perf_counter() - started
-                    save_checkpoint(path, self.state_dict())
+                    save_run(path, self.state_dict(), self.model, self.unlearner.optimizer, self.ranks)
         self.unlearner.optimizer.zero_grad(set_to_none=True)
         self.measured |= {"tau_after": float(self._measure_tau()), "forget_loss_after": self._forget_loss()}
         self.warnings += diagnose(self.history, self.measured, self.recipe)
@@ -207,8 +236,17 @@ class _Run:
             shrink_and_perturb(self.model, self.recipe.shrink, self.recipe.noise, seed)
 
     def _forget_loss(self) -> float:
-        batches = self.data.forget.sample(LOOK_AT, 250, derive_seed(self.seed, FORGET))
-        return mean_loss(self.model, batches, forward=self.forward, loss=self.loss)
+        seed, samples = derive_seed(self.seed, FORGET), LOOK_AT
+        if self.sharded:
+            samples = -(-LOOK_AT // self.ranks.size)
+        return mean_loss(
+            self.model,
+            lambda share: self.data.forget.sample(samples, 250, seed, share),
+            forward=self.forward,
+            loss=self.loss,
+            ranks=self.ranks,
+            sharded=self.sharded,
+        )
 
     def _one_step(self) -> None:
         plan, step = self.plan, self.step
@@ -228,7 +266,7 @@ class _Run:
             self.unlearner.tau.clone(),
             alpha=alpha,
             learning_rate=learning_rate,
-            samples=_size(forget) + _size(retain),
+            samples=(sample_count(forget) + sample_count(retain)) * (1 if self.sharded else self.ranks.size),
         )
         self.step += 1
 
@@ -245,6 +283,8 @@ class _Run:
             seed=derive_seed(self.seed, HELD_OUT, self.step),
             # A probability below 1/n^2 is nothing that n samples can teach.
             absent_limit=2 * math.log(counts["forget"] + counts["retain"]),
+            ranks=self.ranks,
+            sharded=self.sharded,
         )
         self.unlearner.set_tau(target)
         return target.mean
@@ -259,8 +299,8 @@ class _Run:
         """Read the recorded steps; where a loss or a weight is no longer finite, go back to `good` and stop."""
         broken = self.history.flush()
         if broken is None:
-            norms = torch.stack(torch._foreach_norm([*self.unlearner.parameters]))
-            if bool(norms.isfinite().all()):
+            local = [local_tensor(p) for p in self.unlearner.parameters]
+            if self.ranks.all(bool(torch.stack(torch._foreach_norm(local)).isfinite().all())):
                 return
             broken = self.step - 1
         self.model.load_state_dict(good)
@@ -287,11 +327,14 @@ class _Run:
             "forget_kind": data.kind.kind,
             "forget_samples_per_step": -(-data.counts["forget"] // self.forget_batches),
             "forget_batches_per_pass": self.forget_batches,
-            "retain_batches_per_pass": data.retain.batches_per_pass(self.recipe.batch_size),
+            "retain_batches_per_pass": self.retain_batches,
             "tau_every_steps": plan.tau_every,
             "gate_open_fraction": _mean(self.history.columns["gate_open"]),
             "forwards": unlearner.forwards,
             **unlearner.performance.settings(),
+            "micro_batch_size": unlearner.micro_batch_size,
+            "processes": self.ranks.size,
+            "parallel": self.ranks.parallel,
             "optimizer": type(unlearner.optimizer).__name__,
             "trainable_parameters": sum(p.numel() for p in unlearner.parameters),
             "row_kernel": "loss function of the caller" if data.task is None else row_provider(parameter),
@@ -312,25 +355,23 @@ class _Run:
             fingerprints=data.fingerprints,
         )
 
-    @property
-    def forget_batches(self) -> int:
-        return self.data.forget.batches_per_pass(self.forget_stream.batch_size)
-
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to belong to this run."""
-        own = {"recipe": repr(self.recipe), "seed": self.seed, "steps": self.plan.steps}
+        own: dict[str, Any] = {"ranks": self.ranks.size} if self.sharded else {}
+        own |= {"recipe": repr(self.recipe), "seed": self.seed, "steps": self.plan.steps}
         return own | {"performance": self.unlearner.performance.mode} | self.data.fingerprints
 
     def state_dict(self) -> dict[str, Any]:
+        streams = {"forget": self.forget_stream.state_dict(), "retain": self.retain_stream.state_dict()}
         return {
             "identity": self._identity(),
             "step": self.step,
             "seconds": self.seconds,
             "measured": self.measured,
-            "model": self.model.state_dict(),
+            "model": unwrapped(self.model).state_dict(),
             "unlearner": self.unlearner.state_dict(),
-            "forget_stream": self.forget_stream.state_dict(),
-            "retain_stream": self.retain_stream.state_dict(),
+            # Where the data is sharded each rank stands elsewhere.
+            "streams": self.ranks.objects(streams) if self.sharded else [streams],
             "history": self.history.state_dict(),
             "rng": torch.get_rng_state(),
         }
@@ -341,19 +382,19 @@ class _Run:
         if different:
             said = "; ".join(f"{key}: {theirs.get(key)} there, {mine[key]} here" for key in different)
             raise ValueError(f"checkpoint {path} is of another run ({said})")
-        self.model.load_state_dict(state["model"])
+        if "parts" in state:
+            load_parts(path, state, self.model, self.unlearner.optimizer, self.ranks)
+            state["unlearner"]["optimizer"] = self.unlearner.optimizer.state_dict()
+        else:
+            unwrapped(self.model).load_state_dict(state["model"])
         self.unlearner.load_state_dict(state["unlearner"])
-        self.forget_stream.load_state_dict(state["forget_stream"])
-        self.retain_stream.load_state_dict(state["retain_stream"])
+        streams = state["streams"][self.ranks.rank if self.sharded else 0]
+        self.forget_stream.load_state_dict(streams["forget"])
+        self.retain_stream.load_state_dict(streams["retain"])
         self.history.load_state_dict(state["history"])
         self.measured = dict(state["measured"])
         self.step, self.seconds = state["step"], state["seconds"]
         torch.set_rng_state(state["rng"].cpu())
-
-
-def _size(batch: Batch) -> int:
-    found = tensors_of(batch)
-    return len(found[0]) if found and found[0].ndim else 1
 
 
 def _mean(values: list[float]) -> float | None:

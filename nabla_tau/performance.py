@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nabla_tau.batch import Batch, Forward, default_forward, map_leaves, map_tensors, tensors_of
+from nabla_tau.batch import Batch, Forward, default_forward, map_tensors, rows_between, sample_count
 from nabla_tau.rewriting import Pair, find_pairs, rewritten
 
 Mode: TypeAlias = Literal["auto", "off"]
@@ -53,8 +53,11 @@ class Performance:
 
     def look(self, batch: Batch) -> None:
         """Decide what can be rewritten, and how many samples at once, by forwards of a few samples of this batch."""
-        few = first_samples(batch, LOOK_AT)
-        if self.mode == "off" or few is None or not _is_plain(self._model):
+        if self.mode == "off" or not sample_count(batch) or not _is_plain(self._model):
+            return
+        try:
+            few = rows_between(batch, slice(0, LOOK_AT))
+        except ValueError:  # not one entry a sample everywhere
             return
         model = self._model.module if isinstance(self._model, DistributedDataParallel) else self._model
         buffers = [buffer.clone() for buffer in self._model.buffers()]
@@ -69,7 +72,7 @@ class Performance:
         self._pairs = find_pairs(model, run)
         if not devices:
             with self.active():
-                kept = kept_for_backward(model, run) // len(tensors_of(few)[0])
+                kept = kept_for_backward(model, run) // sample_count(few)
             fit = KEPT_BYTES // max(kept, 1) // SMALLEST * SMALLEST
             self.micro_batch_size = max(fit, SMALLEST)
         with torch.no_grad():
@@ -147,18 +150,3 @@ def channels_last(tensor: Tensor) -> Tensor:
         b, c, h, w = tensor.shape
         tensor = tensor.as_strided((b, c, h, w), (h * w * c, 1, w * c, c))
     return tensor
-
-
-def first_samples(batch: Batch, count: int) -> Batch | None:
-    """The first samples of a batch, or None where not every tensor and list has one entry a sample."""
-    tensors = tensors_of(batch)
-    if not tensors or any(t.ndim == 0 or len(t) != len(tensors[0]) for t in tensors):
-        return None
-    size = len(tensors[0])
-
-    def cut(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) or (isinstance(leaf, (list, tuple)) and len(leaf) == size):
-            return leaf[:count]
-        return leaf
-
-    return map_leaves(cut, batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from nabla_tau.distributed import assign, full_tensor
 from nabla_tau.unlearner import trainable_parameters
 
 
@@ -13,15 +14,17 @@ def shrink_and_perturb(model: nn.Module, shrink: float, noise: float, seed: int)
     2020, arXiv 1910.08475): makes room for another solution without leaving the old one. Same numbers on every device;
     the padding rows of embeddings stay as they are, since no gradient would ever move them back."""
     generator = torch.Generator().manual_seed(seed)
-    padding = [
-        (module.weight[module.padding_idx], module.weight[module.padding_idx].detach().clone())
+    padding = {
+        id(module.weight): module.padding_idx
         for module in model.modules()
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None
-    ]
+    }
     with torch.no_grad():
         for parameter in trainable_parameters(model):
             if parameter.ndim > 1 and parameter.numel() > 1:
-                draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
-                parameter.copy_(shrink * parameter + noise * parameter.std() * draw)
-        for row, before in padding:
-            row.copy_(before)
+                before = full_tensor(parameter)
+                draw = torch.randn(before.shape, generator=generator, dtype=torch.float64).to(before)
+                after = shrink * before + noise * before.std() * draw
+                if (row := padding.get(id(parameter))) is not None:
+                    after[row] = before[row]
+                assign(parameter, after)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from nabla_tau import fingerprint
-from nabla_tau.batch import Forward
+from nabla_tau.batch import Forward, sample_count
 from nabla_tau.classes import ForgetKindReport, forget_kind
+from nabla_tau.distributed import Ranks, unwrapped
 from nabla_tau.evaluation import SampleLoss, forward_batches
 from nabla_tau.functional import Task, check_labels, check_multilabel, infer_task
 from nabla_tau.sources import Source, as_source, count_shared, split_held_out
@@ -19,7 +20,7 @@ from nabla_tau.sources import Source, as_source, count_shared, split_held_out
 @dataclass(frozen=True)
 class Prepared:
     """Data that has been looked at. task is None with a loss of the caller's own; fingerprints: of each data set and
-    of the model's weights."""
+    of the model's weights. counts: samples of each, over all ranks."""
 
     forget: Source
     retain: Source
@@ -28,10 +29,7 @@ class Prepared:
     kind: ForgetKindReport
     fingerprints: dict[str, str]
     warnings: list[str]
-
-    @property
-    def counts(self) -> dict[str, int]:
-        return {"forget": self.forget.count, "retain": self.retain.count, "held_out": self.held_out.count}
+    counts: dict[str, int]
 
 
 def prepare(
@@ -44,6 +42,8 @@ def prepare(
     loss: SampleLoss | None,
     retain_is_unseen: bool,
     seed: int,
+    ranks: Ranks,
+    sharded: bool,
 ) -> Prepared:
     """Look at model and data once. Raises the TypeErrors and ValueErrors that `unlearn` promises."""
     if held_out is None:
@@ -61,7 +61,7 @@ def prepare(
         sources["retain"], sources["held_out"] = split_held_out(sources["retain"], held_out, seed)
     else:
         sources["held_out"] = as_source(held_out, "held_out")
-    targets = {name: None if loss else _targets(model, source, forward) for name, source in sources.items()}
+    targets = {name: None if loss else _targets(model, source, forward, ranks) for name, source in sources.items()}
     task = None if loss else _check_targets(model, sources["forget"], targets, forward)
     warnings = []
     shared = count_shared(forget, retain)
@@ -70,17 +70,45 @@ def prepare(
         warnings.append(f"{shared} of {count} forget samples are in the retain set too, which teaches them")
     if any(p.dtype == torch.float16 and p.requires_grad for p in model.parameters()):
         warnings.append("the model has float16 weights, in which small updates are lost: use float32 or bfloat16")
-    kind = forget_kind(targets["forget"], targets["retain"])
+    counts = {name: source.count for name, source in sources.items()}
     fingerprints = {name: fingerprint.of_source(source, targets[name]) for name, source in sources.items()}
     fingerprints["model"] = fingerprint.of_model(model)
-    return Prepared(**sources, task=task, kind=kind, fingerprints=fingerprints, warnings=warnings)
+    every = ranks.objects((targets if sharded else None, counts, fingerprints))
+    if sharded:
+        targets = {name: _joined([rank[0][name] for rank in every]) for name in sources}
+        counts = {name: sum(rank[1][name] for rank in every) for name in sources}
+        of_model = fingerprints.pop("model")
+        fingerprints = {name: fingerprint.of_texts([rank[2][name] for rank in every]) for name in fingerprints}
+        fingerprints["model"] = of_model
+    for name in fingerprints:
+        if len({rank[2][name] for rank in every}) > 1 and (name == "model" or not sharded):
+            what = (
+                "must have the same weights"
+                if name == "model"
+                else ("must give the whole data (each takes its share of every batch), or data_is_sharded=True")
+            )
+            raise ValueError(f"{name} differs between the ranks: all {what}")
+    kind = forget_kind(targets["forget"], targets["retain"])
+    return Prepared(**sources, task=task, kind=kind, fingerprints=fingerprints, warnings=warnings, counts=counts)
 
 
-def _targets(model: nn.Module, source: Source, forward: Forward | None) -> Tensor | None:
+def _joined(labels: list[Tensor | None]) -> Tensor | None:
+    return (
+        None if any(part is None for part in labels) else torch.cat([part.cpu() for part in labels if part is not None])
+    )
+
+
+def _targets(model: nn.Module, source: Source, forward: Forward | None, ranks: Ranks) -> Tensor | None:
     """One label a sample, or None. With a forward of the caller's own only it knows where the targets are."""
     if forward is None:
         return source.targets()
-    found = [targets.cpu() for _, targets in forward_batches(model, source.read(256), forward)]
+    # Every rank reads what it was given: its answer is compared with, or joined to, those of the others.
+    found = [
+        targets.cpu()
+        for _, batch, own in ranks.in_step(source.read(256), sample_count)
+        for _, targets in forward_batches(unwrapped(model), [batch], forward)
+        if own
+    ]
     return torch.cat(found) if all(targets.ndim == 1 for targets in found) else None
 
 
@@ -88,7 +116,7 @@ def _check_targets(
     model: nn.Module, source: Source, targets: dict[str, Tensor | None], forward: Forward | None
 ) -> Task:
     """Task of the model's logits; ValueError for a label out of range, which no step on a GPU looks for."""
-    logits, some = next(forward_batches(model, source.read(2), forward))
+    logits, some = next(forward_batches(unwrapped(model), source.read(2), forward))
     task = infer_task(logits, some)
     for name, labels in targets.items():
         try:

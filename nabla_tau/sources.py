@@ -27,8 +27,9 @@ from torch.utils.data import (
     default_collate,
 )
 
-from nabla_tau.batch import Batch, tensors_of
+from nabla_tau.batch import Batch, rows_between, sample_count, tensors_of
 from nabla_tau.columns import are_columns, columns_of, rows_of
+from nabla_tau.distributed import WHOLE, Share
 from nabla_tau.labels import batch_labels, drawn_indices, fetch, read_labels, stored_labels
 from nabla_tau.overlap import count_shared as count_shared
 from nabla_tau.seeding import RandomState
@@ -46,8 +47,10 @@ class Source(Protocol):
     count: int
 
     def batches_per_pass(self, batch_size: int) -> int: ...
-    def read(self, batch_size: int, seed: int | None = None, skip: int = 0) -> Iterator[Batch]: ...
-    def sample(self, count: int, batch_size: int, seed: int) -> Iterator[Batch]: ...
+    def read(
+        self, batch_size: int, seed: int | None = None, skip: int = 0, share: Share = WHOLE
+    ) -> Iterator[Batch]: ...
+    def sample(self, count: int, batch_size: int, seed: int, share: Share = WHOLE) -> Iterator[Batch]: ...
     def targets(self) -> Tensor | None: ...
 
 
@@ -79,15 +82,16 @@ class TensorSource:
     def batches_per_pass(self, batch_size: int) -> int:
         return math.ceil(self.count / batch_size)
 
-    def read(self, batch_size: int, seed: int | None = None, skip: int = 0) -> Iterator[Batch]:
-        return self._batches(_permutation(self.count, seed), batch_size, skip)
+    def read(self, batch_size: int, seed: int | None = None, skip: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
+        return self._batches(_permutation(self.count, seed), batch_size, share, skip)
 
-    def sample(self, count: int, batch_size: int, seed: int) -> Iterator[Batch]:
-        return self._batches(_permutation(self.count, seed)[:count], batch_size)
+    def sample(self, count: int, batch_size: int, seed: int, share: Share = WHOLE) -> Iterator[Batch]:
+        return self._batches(_permutation(self.count, seed)[:count], batch_size, share)
 
-    def _batches(self, order: Tensor, batch_size: int, skip: int = 0) -> Iterator[Batch]:
+    def _batches(self, order: Tensor, batch_size: int, share: Share, skip: int = 0) -> Iterator[Batch]:
         order = order.to(tensors_of(self.tensors)[0].device)
-        return (rows_of(self.tensors, index) for index in torch.split(order, batch_size)[skip:])
+        batches = torch.split(order, batch_size)[skip:]
+        return (rows_of(self.tensors, index[share.of(len(index))]) for index in batches)
 
     def targets(self) -> Tensor | None:
         labels = batch_labels(self.tensors)
@@ -104,20 +108,25 @@ class DatasetSource:
     def batches_per_pass(self, batch_size: int) -> int:
         return math.ceil(self.count / batch_size)
 
-    def read(self, batch_size: int, seed: int | None = None, skip: int = 0) -> Iterator[Batch]:
-        return self._batches(_permutation(self.count, seed), batch_size, seed, skip)
+    def read(self, batch_size: int, seed: int | None = None, skip: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
+        return self._batches(_permutation(self.count, seed), batch_size, seed, share, skip)
 
-    def sample(self, count: int, batch_size: int, seed: int) -> Iterator[Batch]:
-        return self._batches(_permutation(self.count, seed)[:count], batch_size, seed)
+    def sample(self, count: int, batch_size: int, seed: int, share: Share = WHOLE) -> Iterator[Batch]:
+        return self._batches(_permutation(self.count, seed)[:count], batch_size, seed, share)
 
-    def _batches(self, order: Tensor, batch_size: int, seed: int | None, skip: int = 0) -> Iterator[Batch]:
+    def _batches(
+        self, order: Tensor, batch_size: int, seed: int | None, share: Share, skip: int = 0
+    ) -> Iterator[Batch]:
         state = RandomState(seed)
         for position, index in enumerate(torch.split(order, batch_size)[skip:], skip):
+            mine = share.of(len(index))
             with state:
                 if seed is not None:  # anew for each batch, so that skipped ones need not be read
-                    state.seed(derive_seed(seed, position))
-                batch = fetch(self.dataset, index.tolist(), default_collate)
-            yield batch
+                    # Each share draws its own numbers: with random transforms another number of shares is another run.
+                    state.seed(derive_seed(seed, position, *([mine.start] if mine.start else [])))
+                # Of no sample nothing can be collated: of one, and none of it is given.
+                batch = fetch(self.dataset, index[mine].tolist() or index[:1].tolist(), default_collate)
+            yield batch if mine.start < mine.stop else rows_between(batch, slice(0))
 
     @cached_property
     def _labels(self) -> Tensor | None:
@@ -131,7 +140,8 @@ class DatasetSource:
 class LoaderSource:
     """The caller's own DataLoader: its batch size, sampler, workers and collation are kept.
 
-    A collate_fn is taken to give one sample for each index.
+    A collate_fn is taken to give one sample for each index. A process that is given a share of the batches reads whole
+    ones, and gives its rows of them.
     """
 
     def __init__(self, loader: DataLoader[Any]) -> None:
@@ -153,16 +163,16 @@ class LoaderSource:
     def batches_per_pass(self, batch_size: int) -> int:
         return self._batch_count
 
-    def read(self, batch_size: int, seed: int | None = None, skip: int = 0) -> Iterator[Batch]:
+    def read(self, batch_size: int, seed: int | None = None, skip: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
         # Skipped batches are read too: what a sampler or a transform drew for them is part of what comes next.
         batches = RandomState(seed, self._generators).over(self.loader)
         for position, batch in enumerate(batches):
             if position >= skip:
-                yield batch
+                yield _rows_of_share(batch, share)
 
-    def sample(self, count: int, batch_size: int, seed: int) -> Iterator[Batch]:
+    def sample(self, count: int, batch_size: int, seed: int, share: Share = WHOLE) -> Iterator[Batch]:
         if self._indices is None or count >= self.count:
-            return self.read(batch_size, seed)
+            return self.read(batch_size, seed, share=share)
         loader, indices = self.loader, self._indices
         chosen = [int(indices[i]) for i in _permutation(len(indices), seed)[:count].tolist()]
         few: DataLoader[Any] = DataLoader(
@@ -175,7 +185,7 @@ class LoaderSource:
             pin_memory=loader.pin_memory,
             timeout=loader.timeout,
         )
-        return RandomState(seed).over(few)
+        return (_rows_of_share(batch, share) for batch in RandomState(seed).over(few))
 
     @cached_property
     def _labels(self) -> Tensor | None:
@@ -186,6 +196,10 @@ class LoaderSource:
 
     def targets(self) -> Tensor | None:
         return self._labels
+
+
+def _rows_of_share(batch: Batch, share: Share) -> Batch:
+    return batch if share.size == 1 else rows_between(batch, share.of(sample_count(batch)))
 
 
 def _batch_length(batch: Batch) -> int:
@@ -254,15 +268,15 @@ def split_held_out(source: Source, share: float, seed: int) -> tuple[Source, Sou
 class Stream:
     """Endless batches of a source, pass after pass, each in its own seeded order; remembers where it stands."""
 
-    def __init__(self, source: Source, batch_size: int, seed: int, role: int) -> None:
-        self.source, self.batch_size, self.seed, self.role = source, batch_size, seed, role
+    def __init__(self, source: Source, batch_size: int, seed: int, role: int, share: Share = WHOLE) -> None:
+        self.source, self.batch_size, self.seed, self.role, self.share = source, batch_size, seed, role, share
         self.passes = 0
         self.position = 0
         self._batches: Iterator[Batch] | None = None
 
     def _open(self) -> Iterator[Batch]:
         seed = derive_seed(self.seed, self.role, self.passes)
-        return self.source.read(self.batch_size, seed, self.position)
+        return self.source.read(self.batch_size, seed, self.position, self.share)
 
     def next(self) -> Batch:
         for _ in range(2):

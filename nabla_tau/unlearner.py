@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from nabla_tau.accumulation import Accumulation, cut_in_step, without_trace
 from nabla_tau.batch import (
     Batch,
     Forward,
     concatenate,
-    tensors_of,
+    default_forward,
+    sample_count,
+    split_targets,
     to_device,
     uses_batch_statistics,
 )
+from nabla_tau.distributed import ProcessGroup, ranks_of
 from nabla_tau.evaluation import SampleLoss, checked_losses, device_of
 from nabla_tau.functional import has_loss
 from nabla_tau.kernels.reference import compute_dtype
@@ -53,14 +58,27 @@ class Unlearner:
     at most c times the norm of the retain part, g = g_r + min(1, c |g_r| / |g_f|) g_f. hold: leave the forget part out
     while the running mean rank of the forget losses among the held-out losses is 0.5 or more. optimizer: default AdamW
     over the trainable parameters with `learning_rate` and weight decay 0.01. forward: (model, batch) -> (logits,
-    targets). loss: (logits, targets) -> per-sample losses [B], instead of the cross-entropies. performance: "auto", or
-    "off" to run the model just as it is (`nabla_tau.performance` says what "auto" does).
+    targets). loss: (logits, targets) -> per-sample losses [B], instead of the cross-entropies.
 
     Forget and retain samples go through the model as one batch where that is exact. It is not where BatchNorm uses
     batch statistics, where the two batches cannot be concatenated, or where the first batch shows that samples
     influence each other; then there are two forwards, and `forwards` says so and why.
 
-    Raises ValueError for a model without trainable parameters and for settings out of range.
+    micro_batch_size: samples that go through the model at once on this process; the step stays that of the whole
+    batches, whatever the gate. It costs nothing but for gate="quantile", and for a `forward` of one's own without a
+    `loss` and without `balance`, which tells only afterwards which samples count: there the forget samples go through
+    the model once more, without gradient. Batches must then have one entry a sample everywhere.
+
+    performance: "auto" runs the model in a faster form, the same but for rounding, and on the CPU chooses a
+    micro_batch_size where none is given (`nabla_tau.performance`); "off" runs it as it is.
+
+    process_group: with a model in DistributedDataParallel, or to which fully_shard was applied, every rank calls `step`
+    with its part of both batches (of any size, also none: tensors of 0 rows), and the step is that of the union. With
+    a plain model in several processes say torch.distributed.group.WORLD for the same (the gradients are summed over
+    the ranks), or None where each process is to work alone. All ranks must give the same settings and tau.
+
+    Raises ValueError for a model without trainable parameters and for settings out of range, and for
+    a plain model in several processes of which nothing is said.
     """
 
     def __init__(
@@ -77,15 +95,21 @@ class Unlearner:
         optimizer: torch.optim.Optimizer | None = None,
         forward: Forward | None = None,
         loss: SampleLoss | None = None,
+        micro_batch_size: int | None = None,
+        process_group: ProcessGroup | Literal["auto"] | None = "auto",
         performance: str = "auto",
     ) -> None:
         check_gate(gate, power)
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size must be at least 1 sample, got {micro_batch_size}")
         if balance is not None and not balance > 0:
             raise ValueError(f"balance must be positive or None, got {balance}")
         if hold and gate != "quantile":
             raise ValueError(f'hold=True needs gate="quantile", got {gate!r}')
         self.parameters = trainable_parameters(model)
         self.model = model
+        self.ranks = ranks_of(model, process_group)
+        self._given_size = self.micro_batch_size = micro_batch_size
         self.device = device_of(model)
         self.gate: Gate = gate
         self.power = power
@@ -99,6 +123,7 @@ class Unlearner:
         self._modes: list[bool] = []  # of the modules, when `forwards` was chosen
         self.performance = Performance(model, forward, performance)
         self._forward = self.performance.forward
+        self._is_own_forward = forward not in (None, default_forward)
         self._loss = loss
         dtype = compute_dtype(self.parameters[0])
         self._alpha = torch.zeros((), dtype=dtype, device=self.device)
@@ -147,34 +172,52 @@ class Unlearner:
         modes = [module.training for module in self.model.modules()]
         if modes != self._modes:
             self._modes = modes
-            self.forwards = self._choose_forwards(forget, retain)
             self.performance.look(retain)
+            self.micro_batch_size = self._given_size
+            self.forwards = self._choose_forwards(forget, retain)
+            if self._given_size is None:
+                self._cut_by_itself(sample_count(forget) + sample_count(retain))
         self.optimizer.zero_grad(set_to_none=True)
         with self.performance.active():
-            if self.balance is None:
-                terms = self._mixed_terms(forget, retain)
-                terms.total.backward()  # type: ignore[no-untyped-call]
-                metrics = self._metrics(terms, torch.ones_like(terms.total))
-            else:
-                metrics = self._balanced_backward(forget, retain, self.balance)
+            terms, forget_scale = self._accumulate(forget, retain)
         self.optimizer.step()
-        return metrics
+        values = (terms.total, terms.forget_loss, terms.retain_loss, terms.gate_open, forget_scale)
+        return StepMetrics(*(value.detach() for value in values))
+
+    def _accumulate(self, forget: Batch, retain: Batch) -> tuple[Terms, Tensor]:
+        """The gradient of the step in the parameters' .grad; the objective's terms and the scale of its forget part."""
+        whole = torch.ones_like(self._alpha)
+        added_up = Accumulation(
+            self.model,
+            self.parameters,
+            self.ranks,
+            self._sample_losses,
+            self._terms,
+            gate=self.gate,
+            alpha=self._alpha,
+        )
+        mixed = concatenate(forget, retain) if self.forwards == MIXED else None
+        fits = mixed is not None and not (self.micro_batch_size and sample_count(mixed) > self.micro_batch_size)
+        if self.forwards == MIXED and self.ranks.all(fits):
+            if self.ranks.parallel == "alone" and self._loss is None and not self.hold:
+                terms = self._fused_terms(mixed, sample_count(forget))
+                terms.total.backward()  # type: ignore[no-untyped-call]
+                return terms, whole
+            return added_up.mixed(mixed, sample_count(forget)), whole
+        pieces = cut_in_step(forget, retain, self.micro_batch_size, self.ranks)
+        if self.balance is not None:
+            return added_up.balanced(*pieces, self.balance)
+        return added_up.in_turn(*pieces, lambda: self._counted(retain)), whole
 
     def _target(self, like: Tensor) -> Target:
         return Target(self._tau.to(like), self._quantiles.to(like) if self._has_quantiles else None)
 
-    def _mixed_terms(self, forget: Batch, retain: Batch) -> Terms:
-        """The objective of both groups; by the fused loss where one forward serves both and nothing is held."""
-        fused = self.forwards == MIXED and self._loss is None and not self.hold
-        mixed = concatenate(forget, retain) if fused else None
-        if mixed is None:
-            return self._terms(*self._losses(forget, retain))
+    def _fused_terms(self, mixed: Batch, forget_count: int) -> Terms:
         logits, targets = self._forward(self.model, mixed)
-        mask = torch.arange(len(targets), device=targets.device) < len(tensors_of(forget)[0])
+        mask = torch.arange(len(targets), device=targets.device) < forget_count
         target = self._target(self._tau)
-        return nabla_tau_terms(logits, targets, mask, tau=target, alpha=self._alpha, gate=self.gate, power=self.power)[
-            0
-        ]
+        settings: dict[str, Any] = {"alpha": self._alpha, "gate": self.gate, "power": self.power}
+        return nabla_tau_terms(logits, targets, mask, tau=target, **settings)[0]
 
     def _terms(self, losses: Tensor, forget_mask: Tensor, counts: Tensor) -> Terms:
         target = self._target(losses)
@@ -200,11 +243,6 @@ class Unlearner:
         self._rank.copy_(torch.where(forget_mask.any(), running, self._rank))
         return (self._rank < 0.5).to(losses)
 
-    @staticmethod
-    def _metrics(terms: Terms, forget_scale: Tensor) -> StepMetrics:
-        values = (terms.total, terms.forget_loss, terms.retain_loss, terms.gate_open, forget_scale)
-        return StepMetrics(*(value.detach() for value in values))
-
     def _sample_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Losses [B] of a batch, and which of them count [B]."""
         logits, targets = self._forward(self.model, batch)
@@ -212,76 +250,59 @@ class Unlearner:
         counts = has_loss(targets) if self._loss is None else torch.ones_like(losses, dtype=torch.bool)
         return losses, counts
 
-    def _losses(self, forget: Batch, retain: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses of both groups, forget first, the forget mask, and which of them count."""
-        mixed = concatenate(forget, retain) if self.forwards == MIXED else None
-        if mixed is not None:
-            losses, counts = self._sample_losses(mixed)
-            forget_count = len(tensors_of(forget)[0])
-        else:
-            parts = self._sample_losses(forget), self._sample_losses(retain)
-            losses, counts = (torch.cat(both) for both in zip(*parts, strict=True))
-            forget_count = len(parts[0][0])
-        return losses, torch.arange(len(losses), device=losses.device) < forget_count, counts
-
-    def _balanced_backward(self, forget: Batch, retain: Batch, cap: float) -> StepMetrics:
-        """Gradients of the two parts apart, the forget part scaled down to `cap` times the retain part's norm."""
-        parts, gradients = [], []
-        for batch, is_forget in ((forget, True), (retain, False)):
-            losses, counts = self._sample_losses(batch)
-            terms = self._terms(losses, torch.full_like(counts, is_forget), counts)
-            gradients.append(self._gradient(terms.total))
-            parts.append(terms)
-        forget_part, retain_part = parts
-        forget_norm, retain_norm = (_norm(part, like=forget_part.total) for part in gradients)
-        tiny = torch.finfo(forget_norm.dtype).tiny
-        scale = (cap * retain_norm / forget_norm.clamp(min=tiny)).clamp(max=1.0)
-        for parameter, of_forget, of_retain in zip(self.parameters, *gradients, strict=True):
-            # A parameter that the loss does not reach keeps no gradient, so that weight decay leaves it alone.
-            if of_forget is None:
-                parameter.grad = of_retain
-            else:
-                scaled = of_forget * scale.to(of_forget)
-                parameter.grad = scaled if of_retain is None else of_retain.add_(scaled)
-        terms = Terms(
-            forget_part.total + retain_part.total,
-            forget_part.forget_term,
-            forget_part.forget_loss,
-            retain_part.retain_loss,
-            forget_part.gate_open,
-        )
-        return self._metrics(terms, scale)
-
-    def _gradient(self, value: Tensor) -> list[Tensor | None]:
-        # Looking at a value is free on the CPU: the backward of a closed or held gate is left out there.
-        if value.device.type == "cpu" and value.item() == 0:
-            return [None] * len(self.parameters)
-        found = torch.autograd.grad(value, self.parameters, allow_unused=True)
-        return [None if g is None else _laid_out_as(p, g) for p, g in zip(self.parameters, found, strict=True)]
+    def _counted(self, batch: Batch) -> Tensor | None:
+        """How many samples of a batch count, 0-d; None where that is known only when its forward has given targets."""
+        if self._loss is not None:
+            return torch.full_like(self._alpha, sample_count(batch))
+        if self._is_own_forward:
+            return None
+        return has_loss(split_targets(batch)[2]).sum()
 
     def _choose_forwards(self, forget: Batch, retain: Batch) -> str:
-        """Whether one mixed forward is exact for this model and data, decided on two batches."""
+        """Whether one mixed forward is exact for this model and data, decided on two batches; the same on all ranks."""
+        mixes = uses_batch_statistics(self.model)
+        mixed = concatenate(forget, retain)
+        size, ranks = self.micro_batch_size, self.ranks
+        cut = not ranks.all(size is None or max(map(sample_count, (forget, retain))) <= size)
+        if mixes is not None and (cut or ranks.size > 1):
+            warnings.warn(
+                f"{mixes} normalises with the statistics of what goes through the model at once, so the step is not "
+                "that of one large batch: put the model in eval mode",
+                stacklevel=3,
+            )
         if self.balance is not None:
             return "two forwards and backwards: balanced gradients are kept apart"
-        if (name := uses_batch_statistics(self.model)) is not None:
-            return f"two forwards: {name} normalises with the statistics of its batch"
-        mixed = concatenate(forget, retain)
-        if mixed is None:
+        if cut:
+            return f"micro-batches of at most {size} samples"
+        if mixes is not None:
+            return f"two forwards: {mixes} normalises with the statistics of its batch"
+        if not ranks.all(mixed is not None):
             return "two forwards: forget and retain batch cannot be concatenated"
-        buffers = [buffer.clone() for buffer in self.model.buffers()]
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
-            apart = torch.cat((self._sample_losses(forget)[0], self._sample_losses(retain)[0]))
-            together = self._sample_losses(mixed)[0]
-            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
-                buffer.copy_(before)
-        # Other batch sizes take other kernels, so rounding differs; influence between samples is far larger.
-        tolerance = 1e-3 if self.parameters[0].dtype in (torch.float32, torch.float64) else 5e-2
-        if together.shape != apart.shape or not torch.allclose(
-            together, apart, rtol=tolerance, atol=tolerance, equal_nan=True
-        ):
+        if not ranks.all(self._can_be_mixed(forget, retain, mixed)):
             return "two forwards: samples influence each other's loss in this model, or it draws random numbers"
         return MIXED
+
+    def _cut_by_itself(self, samples: int) -> None:
+        """Micro-batches of the size that suits the processor, where none was asked for, samples are known to be
+        independent and it costs no forward more."""
+        size = self.performance.micro_batch_size
+        free = self.gate != "quantile" and (self._loss is not None or not self._is_own_forward)
+        if self.forwards == MIXED and self.ranks.parallel == "alone" and free and size is not None and samples > size:
+            self.micro_batch_size, self.forwards = size, f"micro-batches of at most {size} samples"
+
+    def _can_be_mixed(self, forget: Batch, retain: Batch, mixed: Batch) -> bool:
+        """Whether one forward of both gives the losses of two. Three forwards on every rank, whatever it has."""
+        parts = [batch if sample_count(batch) else mixed for batch in (forget, retain)]
+        with without_trace(self.model, self.device), torch.no_grad():
+            losses = [self._sample_losses(batch)[0] for batch in (*parts, mixed)]
+        if any(part is mixed for part in parts):
+            return True
+        apart, together = torch.cat(losses[:2]), losses[2]
+        # Other batch sizes take other kernels, so rounding differs; influence between samples is far larger.
+        tolerance = 1e-3 if self.parameters[0].dtype in (torch.float32, torch.float64) else 5e-2
+        return together.shape == apart.shape and torch.allclose(
+            together, apart, rtol=tolerance, atol=tolerance, equal_nan=True
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Optimizer state, tau and alpha; the model's weights are the model's own state dict."""
@@ -310,18 +331,6 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     if not found:
         raise ValueError("the model has no trainable parameter (requires_grad is False everywhere)")
     return found
-
-
-def _laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient in the parameter's own strides, as backward() leaves it: fused optimizers walk over memory, and a
-    channels_last gradient of a contiguous weight would reach the wrong numbers."""
-    same = gradient.stride() == parameter.stride()
-    return gradient if same else torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
-
-
-def _norm(gradient: list[Tensor | None], *, like: Tensor) -> Tensor:
-    found = [part for part in gradient if part is not None]
-    return torch.stack(torch._foreach_norm(found)).norm().to(like) if found else torch.zeros_like(like)
 
 
 def default_optimizer(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:

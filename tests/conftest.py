@@ -40,6 +40,16 @@ def _away_from_the_sources(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def processes():
+    """Workers for the tests of several processes."""
+    from processes import Processes
+
+    found = Processes(3)
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="session")
 def memorised() -> tuple[nn.Module, dict[str, Data]]:
     """An MLP that memorised 400 samples, and its forget, retain, held-out and unseen parts."""
     x, y = blobs(1000)
