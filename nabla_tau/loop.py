@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nabla_tau._library import row_provider
 from nabla_tau.batch import Batch, Forward, tensors_of
-from nabla_tau.checkpoint import load_checkpoint, save_checkpoint
+from nabla_tau.checkpoint import Checkpoints, check_writable, load_checkpoint
 from nabla_tau.classes import measure_target
 from nabla_tau.evaluation import SampleLoss, device_of, evaluation_mode, mean_loss
 from nabla_tau.history import History, Log, diagnose
@@ -68,10 +68,13 @@ def unlearn(
     the global random state are as before afterwards. seed fixes the data order and the noise. checkpoint: file
     written atomically every `checkpoint_every` steps (default: as often as tau is measured); resume=True goes on from
     it where it exists, and gives the very weights that an uninterrupted run gives (on the CPU; a data set whose own
-    random state, or that of persistent workers, goes on from pass to pass cannot be resumed). log: called as
-    log(values, step) for every step, some steps late. progress: a bar on a terminal.
+    random state, or that of persistent workers, goes on from pass to pass cannot be resumed). A checkpoint that cannot
+    be written (a full disk) does not end the run: the last good one stays, the "nabla_tau" logger warns at once, the
+    next one is tried, and the result's warnings say how many were lost. log: called as log(values, step) for every
+    step, some steps late. progress: a bar on a terminal.
 
-    Raises TypeError and ValueError for data, labels or settings that do not fit, before anything is changed;
+    Raises TypeError and ValueError for data, labels, settings or a checkpoint that do not fit or are damaged, and
+    OSError for a checkpoint that cannot be read or where none can be written, before anything is changed;
     NonFiniteLossError, with the last good weights, when a loss becomes nan or infinite.
     """
     if isinstance(recipe, str):
@@ -83,6 +86,8 @@ def unlearn(
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists() and not resume:
         raise ValueError(f"checkpoint {path} exists: pass resume=True to go on from it, or remove it")
+    if path is not None:
+        check_writable(path)
     with torch.enable_grad(), torch.random.fork_rng(devices=_cuda_devices(device_of(model))):
         torch.manual_seed(derive_seed(seed, GLOBAL))
         data = prepare(
@@ -160,6 +165,7 @@ class _Run:
         self.step = 0
         self.seconds = 0.0
         self.measured: dict[str, float] = {}
+        self.checkpoints: Checkpoints | None = None
 
     def execute(self, path: Path | None, checkpoint_every: int | None, progress: bool) -> UnlearnResult:
         started = time.perf_counter()
@@ -171,20 +177,21 @@ class _Run:
             logger.info("resumed from %s at step %d of %d", path, self.step, self.plan.steps)
         else:
             self._begin()
+        self.checkpoints = None if path is None else Checkpoints(path, self.step if path.exists() else None)
         every = checkpoint_every or self.plan.tau_every
         with progress_bar(f"unlearning ({self.recipe.name})", self.plan.steps, enabled=progress) as update:
             while self.step < self.plan.steps:
                 self._one_step()
                 done = self.step == self.plan.steps
-                at_checkpoint = path is not None and (self.step % every == 0 or done)
+                at_checkpoint = self.checkpoints is not None and (self.step % every == 0 or done)
                 if at_checkpoint or done or self.step % self.plan.tau_every == 0 or self.step % FLUSH_EVERY == 0:
                     self._flush(good, started)
                     good = self._snapshot()
                     note = f"forget loss {self.history.last('forget_loss'):.3f}, tau {self.history.last('tau'):.3f}"
                     update(self.step, note)
-                if at_checkpoint and path is not None:
+                if at_checkpoint and self.checkpoints is not None:
                     self.seconds = time.perf_counter() - started
-                    save_checkpoint(path, self.state_dict())
+                    self.checkpoints.save(self.step, self.state_dict())
         self.unlearner.optimizer.zero_grad(set_to_none=True)
         self.measured |= {"tau_after": float(self._measure_tau()), "forget_loss_after": self._forget_loss()}
         self.warnings += diagnose(self.history, self.measured, self.recipe)
@@ -195,9 +202,13 @@ class _Run:
         """Measure the model as it was given, which refuses held-out data that will not do, and only then change it."""
         self.measured = {"tau_before": float(self._measure_tau()), "forget_loss_before": self._forget_loss()}
         logger.info("before unlearning: %s", self.measured)
-        if self.recipe.shrink != 1 or self.recipe.noise != 0:
+        if self._perturbs:
             seed = derive_seed(self.seed, SHRINK)
             shrink_and_perturb(self.model, self.recipe.shrink, self.recipe.noise, seed)
+
+    @property
+    def _perturbs(self) -> bool:
+        return self.recipe.shrink != 1 or self.recipe.noise != 0
 
     def _forget_loss(self) -> float:
         batches = self.data.forget.sample(LOOK_AT, 250, derive_seed(self.seed, FORGET))
@@ -206,7 +217,8 @@ class _Run:
     def _one_step(self) -> None:
         plan, step = self.plan, self.step
         if step % plan.tau_every == 0:
-            self._measure_tau()
+            if step or self._perturbs:  # else `_begin` has measured these very weights
+                self._measure_tau()
             self.history.restart_clock()
         if plan.retain_restart is not None and step and step % plan.retain_restart == 0:
             self.retain_stream.restart()
@@ -297,7 +309,7 @@ class _Run:
             recipe=self.recipe.name,
             settings=settings,
             history=self.history.state_dict(),
-            warnings=list(self.warnings),
+            warnings=[*self.warnings, *(self.checkpoints.warnings if self.checkpoints else [])],
             seconds=seconds,
             counts=data.counts,
             removed_classes=data.kind.removed,
