@@ -10,9 +10,11 @@ import os
 import random
 import resource
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
+import killing
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -130,6 +132,26 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=rf"cannot write {path}: No space left on device"):
         save_checkpoint(path, {"step": 2})
     assert load_checkpoint(path, CPU) == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+def die_in_the_middle_of_a_write(path: Path) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it, and then writing fails instead
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with files_of_at_most(4096):
+        save_checkpoint(path, {"step": 2, "x": torch.zeros(100_000)})
+
+
+def test_a_process_that_dies_in_the_middle_of_a_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.ckpt"
+    save_checkpoint(path, {"step": 1})
+    process = killing.start(die_in_the_middle_of_a_write, path)
+    process.join(60)
+    assert process.exitcode == -signal.SIGXFSZ
+    assert load_checkpoint(path, CPU) == {"step": 1}
+    # What the dead left beside it is in nobody's way.
+    assert (tmp_path / "a.ckpt.tmp").stat().st_size == 4096
+    save_checkpoint(path, {"step": 3})
     assert [file.name for file in tmp_path.iterdir()] == ["a.ckpt"]
 
 
