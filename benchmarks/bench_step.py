@@ -62,12 +62,17 @@ def objective(forget: Tensor, retain: Tensor) -> Tensor:
     return ALPHA * F.relu(TAU - forget) ** 2 + (1 - ALPHA) * retain
 
 
-def as_published(model: nn.Module, work: Workload) -> Callable[[], None]:
+def as_published(
+    model: nn.Module,
+    forget_data: Samples,
+    retain_data: Samples,
+    optimizer: torch.optim.Optimizer,
+    objective: Callable[[Tensor, Tensor], Tensor] = objective,
+) -> Callable[[], None]:
     def loader(data: Samples) -> Iterator[Samples]:
         return endless(lambda: DataLoader(TensorDataset(*data), BATCH, shuffle=True))
 
-    forget, retain = loader(work.forget), loader(work.retain)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    forget, retain = loader(forget_data), loader(retain_data)
 
     def step() -> None:
         losses = [F.cross_entropy(model(x), y) for x, y in (next(forget), next(retain))]
@@ -119,13 +124,48 @@ def engine(model: nn.Module, work: Workload) -> Callable[[], None]:
     return step
 
 
+def published_adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+def scaling(device: str, threads: int, quick: bool) -> Iterator[Record]:
+    """Microseconds per sample of the engine's step as the forget set grows, on random data of whole batches: what is
+    measured is whether a step knows how large the set is, not how batches of other sizes run."""
+    total = (100 if quick else 200) * BATCH
+    for name, like in (("CNN", fashion_cnn(0.15)), ("MLP", table_mlp(0.15))):
+        x = torch.randn(total, *like.forget[0].shape[1:])
+        y = torch.randint(int(like.retain[1].max()) + 1, (total,))
+        steps = {}
+        for fraction in (0.01, 0.03, 0.10, 0.30):
+            cut = round(fraction * total)
+            model = like.model().eval()
+            steps[f"{fraction:.0%}"] = engine(model, Workload(name, like.model, (x[:cut], y[:cut]), (x[cut:], y[cut:])))
+        found = timings(steps, seconds=1 if quick else 20, device=device, queued=False)
+        for fraction, timing in found.items():
+            yield Record(
+                bench="step",
+                case=f"scaling, {name}, forget {fraction} of {total}",
+                provider="nabla_tau",
+                device=device,
+                dtype="float32",
+                threads=threads,
+                p20=timing.p20 * 1e3 / (2 * BATCH),
+                p50=timing.p50 * 1e3 / (2 * BATCH),
+                p80=timing.p80 * 1e3 / (2 * BATCH),
+                unit="us/sample",
+                note=f"{timing.p50 / found['1%'].p50 - 1:+.1%} against 1%",
+            )
+
+
 def run(device: str, threads: int, quick: bool) -> Iterator[Record]:
     fractions = (0.15,) if quick else (0.03, 0.15, 0.30)
     for work in (make(fraction) for make in (fashion_cnn, table_mlp) for fraction in fractions):
         torch.manual_seed(0)
         model = work.model().eval()
         steps = {
-            "as published": as_published(copy.deepcopy(model), work),
+            "as published": as_published(
+                published := copy.deepcopy(model), work.forget, work.retain, published_adamw(published)
+            ),
             "plain": plain(copy.deepcopy(model), work),
             "plain, compiled": plain(copy.deepcopy(model), work, compiled=True),
             "nabla_tau": engine(copy.deepcopy(model), work),
@@ -143,3 +183,4 @@ def run(device: str, threads: int, quick: bool) -> Iterator[Record]:
                 dtype="float32",
                 threads=threads,
             )
+    yield from scaling(device, threads, quick)

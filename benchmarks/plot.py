@@ -3,6 +3,8 @@
 How many times faster than the baseline of its table, on a logarithmic axis: the dot is the ratio of the medians, its
 line goes from the ratio at p80 to that at p20 of the provider's own times. Panels side by side are the ways the same
 cases were run, all with one axis, and peak memory. What was skipped is left out.
+
+unlearn_*.csv becomes time_to_forget_*.png: what `bench_unlearn` found at each look, over seconds.
 """
 
 from __future__ import annotations
@@ -136,11 +138,94 @@ def plot(path: Path, out: Path) -> None:
     print(out)
 
 
+LOOKED_AT = {  # the case of a look ends so: label of its axis, factor, the band that counts as retrained
+    "AUC gap at": ("AUC, gap to retrained", 1, (-0.02, 0.02)),
+    "test accuracy gap at": ("test accuracy,\ngap in points", 100, (-1, 100)),
+}
+Curve = list[tuple[float, float]]  # seconds and value of each look
+
+
+def curves(rows: list[Row]) -> dict[str, dict[str, dict[str, Curve]]]:
+    """Measure -> data and fraction -> provider -> looks, of the first seed of each; the look at 0 s has no place on a
+    logarithmic axis."""
+    found: dict[str, dict[str, dict[str, Curve]]] = {measure: {} for measure in LOOKED_AT}
+    for row in rows:
+        *what, seed, measure = row["case"].split(", ")
+        if measure in found and seed == "seed 0":
+            seconds = float(row["note"].removesuffix(" s"))
+            if seconds:
+                of_case = found[measure].setdefault(", ".join(what), {})
+                of_case.setdefault(row["provider"], []).append((seconds, float(row["p50"])))
+    return found
+
+
+def plot_time_to_forget(path: Path, out: Path) -> None:
+    """A column for each fraction, two lines of panels for each kind of data; dotted: retraining takes so long."""
+    rows = read_csv(path)
+    found = curves(rows)
+    cases = list(found["AUC gap at"])
+    data = sorted({case.rsplit(", ", 1)[0] for case in cases})
+    columns = max(sum(case.startswith(name) for case in cases) for name in data)
+    palette = dict(zip(["nabla_tau", "nabla_tau, paper", "as published", "retrain"], [OURS, *OTHERS], strict=False))
+    size = {"figsize": (3.4 * columns + 0.4, 2.1 * 2 * len(data) + 0.9), "layout": "constrained"}
+    figure, grid = plt.subplots(2 * len(data), columns, squeeze=False, sharex="row", sharey="row", **size)
+    for line, (name, measure) in enumerate((name, measure) for name in data for measure in LOOKED_AT):
+        title, factor, band = LOOKED_AT[measure]
+        for axes, case in zip(grid[line], (case for case in cases if case.startswith(name)), strict=True):
+            draw_curves(axes, found[measure][case], palette, factor, band)
+            if measure == "AUC gap at":
+                axes.set_title(f"{case} forgotten", fontsize=10, loc="left")
+        looked = [
+            factor * value
+            for case in cases
+            if case.startswith(name)
+            for curve in found[measure][case].values()
+            for _, value in curve
+        ]
+        room = 0.08 * (max(looked) - min(looked))
+        grid[line][0].set_ylim(min(looked) - room, max(looked) + room)  # that of the whole line of panels
+        grid[line][0].set_ylabel(title, fontsize=9)
+    figure.suptitle(
+        "Time to forget: how close to a retrained model, after how long\n", x=0.01, ha="left", weight="bold"
+    )
+    lines = [plt.Line2D([], [], marker="o", ms=3.5, lw=1.6, color=colour) for colour in palette.values()]
+    below = 0.01, 1 - 0.28 / figure.get_figheight()
+    figure.legend(lines, palette, loc="upper left", bbox_to_anchor=below, ncols=6, frameon=False, fontsize=9)
+    head, threads = read_head(path), rows[0]["threads"]
+    figure.supxlabel(
+        "processor seconds, logarithmic; grey: as good as retrained; dotted: retraining is done\n"
+        f"{threads} thread, {head['device']}, torch {head['torch']}, Python {head['python']}, {head['date']}",
+        fontsize=8,
+        color="#4b5563",
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+    print(out)
+
+
+def draw_curves(
+    axes: Axes, of_case: dict[str, Curve], palette: dict[str, str], factor: float, band: tuple[float, float]
+) -> None:
+    axes.axhspan(*band, color=RULE, zorder=0)
+    axes.axhline(0, color="#6b7280", lw=0.8)
+    axes.axvline(of_case["retrain"][-1][0], color=palette["retrain"], lw=1, ls=":")
+    for name, colour in reversed(palette.items()):  # ours on top
+        seconds, looked = zip(*of_case[name], strict=True)
+        axes.plot(seconds, [factor * value for value in looked], "o-", ms=3.5, lw=1.6, color=colour)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} s")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+
+
 def main(arguments: list[str]) -> None:
     results = Path(arguments[0]) if arguments else ROOT / "benchmarks" / "results"
     docs = Path(arguments[1]) if len(arguments) > 1 else ROOT / "docs"
     for path in sorted(results.glob("*rows_*.csv")):
         plot(path, docs / f"{path.stem}.png")
+    for path in sorted(results.glob("unlearn_*.csv")):
+        plot_time_to_forget(path, docs / f"{path.stem.replace('unlearn', 'time_to_forget')}.png")
 
 
 if __name__ == "__main__":

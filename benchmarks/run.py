@@ -36,6 +36,8 @@ BENCHES = {  # module and function, imported when asked for: each needs other pa
     "mia": ("bench_mia", "run"),
     "shadow": ("bench_shadow", "run"),
     "step": ("bench_step", "run"),
+    "scaling": ("bench_step", "scaling"),
+    "unlearn": ("bench_unlearn", "run"),
     "quality": ("bench_quality", "run"),
     "examples": ("bench_quality", "run_examples"),
 }

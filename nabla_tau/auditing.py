@@ -95,9 +95,10 @@ def audit(
     if shadow is not None:
         shadow = shadow if isinstance(shadow, ShadowScores) else ShadowScores.load(shadow)
         check_samples(shadow, {name: data[name] for name in ("forget", "unseen")})
-    check_counts(*(as_source(data[name], name).count for name in ("forget", "unseen")))
+    # Made once: counting what a loader gives may take a pass over it.
+    given = {name: as_source(of_set, name) for name, of_set in data.items() if name != "retain" or of_set is not None}
+    check_counts(given["forget"].count, given["unseen"].count)
     signals: dict[str, dict[str, Signals]] = {}
-    given = {name: of_set for name, of_set in data.items() if of_set is not None}
     with progress_bar("audit", len(models) * len(given), enabled=progress) as update:
         for name, entry in models.items():
             with _on_device(entry, device):

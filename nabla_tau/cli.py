@@ -1,6 +1,7 @@
 """The command line: `nabla-tau demo | unlearn | audit | shadow | env`.
 
-Exit codes: 0 done, 2 bad input (one line on standard error says what), 3 a run that stopped on a non-finite loss.
+Exit codes: 0 done, 2 bad input or a file that cannot be read or written (one line on standard error says what),
+3 a run that stopped on a non-finite loss.
 Set NABLA_TAU_DEBUG=1 for the traceback of an error. PyTorch is loaded only once a command runs.
 """
 

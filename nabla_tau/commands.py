@@ -7,6 +7,7 @@ import itertools
 import json
 import platform
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import nn
 from nabla_tau import _C
 from nabla_tau._library import CPP_DTYPES, has_triton
 from nabla_tau.auditing import AuditReport, audit
-from nabla_tau.checkpoint import sha256
+from nabla_tau.checkpoint import check_writable, sha256
 from nabla_tau.demo import run_demo
 from nabla_tau.loop import unlearn
 from nabla_tau.outputs import check_json, check_outputs, write_json
@@ -33,6 +34,8 @@ from nabla_tau.weights import check_new_weights, load_weights, save_weights
 def demo(args: Namespace) -> None:
     """Writes over what an earlier demo left, and only over that."""
     check_json(args.json)
+    for path in filter(None, (args.out / "report.html", args.json)):
+        check_writable(path)
     report = run_demo(fraction=args.fraction, classes=args.classes, seed=args.seed, shadows=args.shadow, progress=True)
     args.out.mkdir(parents=True, exist_ok=True)
     _give_report(report, args.out / "report.html", args.json)
@@ -72,16 +75,35 @@ def run_unlearn(args: Namespace) -> None:
                 progress=True,
             )
     except NonFiniteLossError as error:
-        rescue = _free_name(args.out.with_suffix(".last-good.safetensors"))
-        save_weights(error.result.model, rescue)
-        print(f"last good weights: {rescue}", file=sys.stderr)
+        _rescue(error.result.model, args.out.with_suffix(".last-good.safetensors"), "last good weights")
         raise
-    save_weights(result.model, args.out)
+    try:
+        save_weights(result.model, args.out)
+    except OSError:
+        # The run may have taken hours: its weights go wherever there is room for them.
+        _rescue(result.model, args.out, "unlearned weights")
+        raise
     record = _record(args, result)
     write_json(record, _record_path(args.out))
     if args.json is not None:
         write_json(record, args.json)
     _print_result(result, args.out)
+
+
+def _rescue(model: nn.Module, wanted: Path, what: str) -> None:
+    """Write weights beside the output or, where that fails, in the folder for temporary files, and say where they are.
+    Never raises OSError: what led here is what there is to report."""
+    failed = OSError()
+    for folder in (wanted.parent, Path(tempfile.gettempdir())):
+        path = _free_name(folder / wanted.name)
+        try:
+            save_weights(model, path)
+        except OSError as error:
+            failed = error
+        else:
+            print(f"{what}: {path}", file=sys.stderr)
+            return
+    print(f"{what} are lost: {failed}", file=sys.stderr)
 
 
 def _free_name(path: Path) -> Path:

@@ -20,7 +20,7 @@ def of_tensors(tensors: Iterable[Tensor]) -> str:
     for tensor in tensors:
         tensor = full_tensor(tensor)
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nabla_tau._library import row_provider
 from nabla_tau.batch import Forward, sample_count
+from nabla_tau.checkpoint import Checkpoints
 from nabla_tau.classes import measure_target
 from nabla_tau.distributed import WHOLE, ProcessGroup, local_tensor, ranks_of, unwrapped
 from nabla_tau.evaluation import SampleLoss, device_of, evaluation_mode, mean_loss
@@ -25,7 +26,7 @@ from nabla_tau.preparation import Prepared, prepare
 from nabla_tau.progress import progress_bar
 from nabla_tau.recipes import RECIPES, Plan, Recipe, forget_batch_size, learning_rate_from_weights, make_plan
 from nabla_tau.result import NonFiniteLossError, UnlearnResult
-from nabla_tau.run_files import exists, load_parts, load_run, save_run
+from nabla_tau.run_files import check_writable, exists, load_parts, load_run, save_run
 from nabla_tau.sources import Stream, derive_seed
 from nabla_tau.unlearner import Unlearner, trainable_parameters
 
@@ -74,9 +75,11 @@ def unlearn(
     that go through the model at once, on each process; it changes the memory that a step takes, not the step.
     checkpoint: file written atomically every `checkpoint_every` steps (default: as often as tau is measured);
     resume=True goes on from it where it exists, and gives the very weights that an uninterrupted run gives (on the CPU;
-    a data set whose own random state, or that of persistent workers, goes on from pass to pass cannot be resumed). log:
-    called as log(values, step) for every step, some steps late. progress: a bar on a terminal. performance:
-    "auto" runs the model in a faster form, the same but for rounding (`nabla_tau.performance`), "off" as it is.
+    a data set whose own random state, or that of persistent workers, goes on from pass to pass cannot be resumed). A
+    checkpoint that cannot be written (a full disk) does not end the run: the last good one stays, the "nabla_tau"
+    logger warns at once, the next one is tried, and the result's warnings say how many were lost. log: called as
+    log(values, step) for every step, some steps late. progress: a bar on a terminal. performance: "auto" runs the model
+    in a faster form, the same but for rounding (`nabla_tau.performance`), "off" as it is.
 
     Several processes (torchrun): every rank calls this with the same arguments and the whole data, and works on its
     share of every batch, so that their number changes the speed and nothing else (but for the numbers that random
@@ -87,7 +90,8 @@ def unlearn(
     warnings and `log` come from rank 0, which also writes the checkpoint; of a sharded model it is a folder, which all
     ranks write with torch.distributed.checkpoint. Any number of ranks may resume it, unless the data is sharded.
 
-    Raises TypeError and ValueError for data, labels or settings that do not fit, before anything is changed;
+    Raises TypeError and ValueError for data, labels, settings or a checkpoint that do not fit or are damaged, and
+    OSError for a checkpoint that cannot be read or where none can be written, before anything is changed;
     NonFiniteLossError, with the last good weights, when a loss becomes nan or infinite.
     """
     if isinstance(recipe, str):
@@ -102,6 +106,8 @@ def unlearn(
         raise ValueError(f"checkpoint {path} exists: pass resume=True to go on from it, or remove it")
     if ranks.parallel == "fsdp" and not inplace:
         raise ValueError("a model to which fully_shard was applied cannot be copied: pass inplace=True")
+    if path is not None:
+        check_writable(path, ranks)
     with torch.enable_grad(), torch.random.fork_rng(devices=_cuda_devices(device_of(model))):
         torch.manual_seed(derive_seed(seed, GLOBAL))
         data = prepare(
@@ -196,44 +202,54 @@ class _Run:
         self.step = 0
         self.seconds = 0.0
         self.measured: dict[str, float] = {}
+        self.checkpoints: Checkpoints | None = None
 
     def execute(self, path: Path | None, checkpoint_every: int | None, progress: bool) -> UnlearnResult:
         started = time.perf_counter()
         good = self._snapshot()
-        if path is not None and exists(path, self.ranks):
+        resumed = path is not None and exists(path, self.ranks)
+        if path is not None and resumed:
             self.load_state_dict(load_run(path, self.unlearner.device, self.ranks), path)
             good = self._snapshot()
             started -= self.seconds
             logger.info("resumed from %s at step %d of %d", path, self.step, self.plan.steps)
         else:
             self._begin()
+        self.checkpoints = None if path is None else Checkpoints(path, self.step if resumed else None)
         every = checkpoint_every or self.plan.tau_every
         with progress_bar(f"unlearning ({self.recipe.name})", self.plan.steps, enabled=progress) as update:
             while self.step < self.plan.steps:
                 self._one_step()
                 done = self.step == self.plan.steps
-                at_checkpoint = path is not None and (self.step % every == 0 or done)
+                at_checkpoint = self.checkpoints is not None and (self.step % every == 0 or done)
                 if at_checkpoint or done or self.step % self.plan.tau_every == 0 or self.step % FLUSH_EVERY == 0:
                     self._flush(good, started)
                     good = self._snapshot()
                     note = f"forget loss {self.history.last('forget_loss'):.3f}, tau {self.history.last('tau'):.3f}"
                     update(self.step, note)
-                if at_checkpoint and path is not None:
+                if at_checkpoint and self.checkpoints is not None:
                     self.seconds = time.perf_counter() - started
-                    save_run(path, self.state_dict(), self.model, self.unlearner.optimizer, self.ranks)
+                    self.checkpoints.save(self.step, self._write)
         self.unlearner.optimizer.zero_grad(set_to_none=True)
         self.measured |= {"tau_after": float(self._measure_tau()), "forget_loss_after": self._forget_loss()}
         self.warnings += diagnose(self.history, self.measured, self.recipe)
         logger.info("unlearned in %d steps: %s", self.step, self.measured)
         return self._result(time.perf_counter() - started)
 
+    def _write(self, path: Path) -> None:
+        save_run(path, self.state_dict(), self.model, self.unlearner.optimizer, self.ranks)
+
     def _begin(self) -> None:
         """Measure the model as it was given, which refuses held-out data that will not do, and only then change it."""
         self.measured = {"tau_before": float(self._measure_tau()), "forget_loss_before": self._forget_loss()}
         logger.info("before unlearning: %s", self.measured)
-        if self.recipe.shrink != 1 or self.recipe.noise != 0:
+        if self._perturbs:
             seed = derive_seed(self.seed, SHRINK)
             shrink_and_perturb(self.model, self.recipe.shrink, self.recipe.noise, seed)
+
+    @property
+    def _perturbs(self) -> bool:
+        return self.recipe.shrink != 1 or self.recipe.noise != 0
 
     def _forget_loss(self) -> float:
         seed, samples = derive_seed(self.seed, FORGET), LOOK_AT
@@ -251,7 +267,8 @@ class _Run:
     def _one_step(self) -> None:
         plan, step = self.plan, self.step
         if step % plan.tau_every == 0:
-            self._measure_tau()
+            if step or self._perturbs:  # else `_begin` has measured these very weights
+                self._measure_tau()
             self.history.restart_clock()
         if plan.retain_restart is not None and step and step % plan.retain_restart == 0:
             self.retain_stream.restart()
@@ -348,7 +365,7 @@ class _Run:
             recipe=self.recipe.name,
             settings=settings,
             history=self.history.state_dict(),
-            warnings=list(self.warnings),
+            warnings=[*self.warnings, *(self.checkpoints.warnings if self.checkpoints else [])],
             seconds=seconds,
             counts=data.counts,
             removed_classes=data.kind.removed,

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nabla_tau.checkpoint import write_atomic
+from nabla_tau.checkpoint import check_writable, write_atomic
 from nabla_tau.weights import check_new
 
 
@@ -15,7 +15,7 @@ def write_json(content: Any, path: Path) -> None:
 
 
 def check_outputs(outputs: list[Path | None], inputs: list[Path | None]) -> None:
-    """Raise before any work is done where an output exists, is an input, or is named twice."""
+    """Raise before any work is done where an output exists, is an input, is named twice, or cannot be written."""
     taken = {path.resolve() for path in inputs if path is not None}
     for path in outputs:
         if path is None:
@@ -24,6 +24,7 @@ def check_outputs(outputs: list[Path | None], inputs: list[Path | None]) -> None
             raise ValueError(f"{path} is already used in this command, as an input or another output")
         taken.add(path.resolve())
         check_new(path)
+        check_writable(path)
 
 
 def check_json(path: Path | None) -> None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from nabla_tau import fingerprint
-from nabla_tau.batch import Forward, sample_count
+from nabla_tau.batch import Forward, sample_count, split_targets, to_device
 from nabla_tau.classes import ForgetKindReport, forget_kind
 from nabla_tau.distributed import Ranks, unwrapped
-from nabla_tau.evaluation import SampleLoss, forward_batches
+from nabla_tau.evaluation import SampleLoss, device_of, forward_batches
 from nabla_tau.functional import Task, check_labels, check_multilabel, infer_task
 from nabla_tau.sources import Source, as_source, count_shared, split_held_out
 
@@ -99,8 +99,9 @@ def _joined(labels: list[Tensor | None]) -> Tensor | None:
 
 
 def _targets(model: nn.Module, source: Source, forward: Forward | None, ranks: Ranks) -> Tensor | None:
-    """One label a sample, or None. With a forward of the caller's own only it knows where the targets are."""
-    if forward is None:
+    """One label a sample, or None. A forward of the caller's own may take the targets from elsewhere in a batch, or
+    make them; only where it does must the whole set go through the model to know them."""
+    if forward is None or ranks.all(_gives_the_batch_s_own_targets(model, source, forward)):
         return source.targets()
     # Every rank reads what it was given: its answer is compared with, or joined to, those of the others.
     found = [
@@ -110,6 +111,17 @@ def _targets(model: nn.Module, source: Source, forward: Forward | None, ranks: R
         if own
     ]
     return torch.cat(found) if all(targets.ndim == 1 for targets in found) else None
+
+
+def _gives_the_batch_s_own_targets(model: nn.Module, source: Source, forward: Forward) -> bool:
+    """Whether the forward hands on the very tensor that is taken for the targets of a batch, seen on one batch."""
+    batch = to_device(next(iter(source.read(2))), device_of(model))
+    try:
+        own = split_targets(batch)[2]
+    except (TypeError, ValueError):
+        return False
+    ((_, targets),) = forward_batches(unwrapped(model), [batch], forward)
+    return targets is own
 
 
 def _check_targets(

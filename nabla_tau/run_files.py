@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nabla_tau import checkpoint
 from nabla_tau.checkpoint import load_checkpoint, save_checkpoint, sha256
 from nabla_tau.distributed import Ranks, unwrapped
 
@@ -27,6 +28,12 @@ def exists(path: Path, ranks: Ranks) -> bool:
     if len(set(seen)) > 1:
         raise ValueError(f"checkpoint {path} is seen by some ranks only: give a path that all of them see")
     return bool(seen[0])
+
+
+def check_writable(path: Path, ranks: Ranks) -> None:
+    """`checkpoint.check_writable` of what rank 0 will write, raised on every rank."""
+    of_all = path / RUN if ranks.parallel == "fsdp" or path.is_dir() else path
+    _on_rank_0(lambda: checkpoint.check_writable(of_all), ranks)
 
 
 def save_run(

@@ -216,11 +216,14 @@ def _generators(loader: DataLoader[Any]) -> list[torch.Generator]:
 
 
 def as_source(data: Any, name: str) -> Source:
-    """Source of what a caller gives as a data set: tensors `(x, y)` or a mapping of them, a Dataset, a DataLoader.
+    """Source of what a caller gives as a data set: tensors `(x, y)` or a mapping of them, a Dataset, a DataLoader; a
+    source itself, which is not looked at again.
 
     Raises TypeError for anything else and ValueError for an empty set, naming it.
     """
     source: Source
+    if isinstance(data, (TensorSource, DatasetSource, LoaderSource)):
+        return data
     data = tuple(data) if are_columns(data) else data
     if isinstance(data, DataLoader):
         if isinstance(data.dataset, IterableDataset):

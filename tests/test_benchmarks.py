@@ -19,6 +19,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import bench_rows  # noqa: E402
+import bench_unlearn  # noqa: E402
 import compare  # noqa: E402
 import record  # noqa: E402
 from record import Record, Timing, peak_mb, read_csv, read_head, records_of, timings, write_csv  # noqa: E402
@@ -226,3 +227,70 @@ def test_plots_show_ratios_with_their_spread_and_not_what_was_skipped(tmp_path):
     assert memory["nabla_tau"]["8x4"][1] == 3
     plot.main([str(tmp_path), str(tmp_path / "docs")])
     assert (tmp_path / "docs" / "rows_cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_time_to_forget_is_when_it_became_as_good_for_good():
+    def at(*looks):
+        return [bench_unlearn.Look(seconds, auc, accuracy) for seconds, (auc, accuracy) in enumerate(looks)]
+
+    good, leaks, poor = (0.515, 0.891), (0.53, 0.9), (0.5, 0.88)
+    for looks, seconds in (
+        (at(leaks, good, good), 1),
+        (at(good, leaks, good), 2),
+        (at(good, poor, good, good), 2),
+        (at(good, good, leaks), None),
+        (at(good, good, (0.47, 0.9)), None),
+        (at((0.5, 0.99)), 0),
+    ):
+        assert bench_unlearn.time_to_forget(looks, auc=0.5, accuracy=0.9) == seconds
+
+
+def test_the_clock_stands_still_while_a_model_is_looked_at(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(bench_unlearn.time, "process_time", lambda: now[0])
+
+    def quality(model, parts):
+        now[0] += 100
+        return 0.5, 0.9
+
+    monkeypatch.setattr(bench_unlearn, "quality", quality)
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watch = bench_unlearn.Watch({}, steps=24)
+    watch.watching(model)
+    with watch:
+        for _ in range(24):
+            now[0] += 1
+            optimizer.step()
+        now[0] += 5  # what a run does after its last step is part of it
+    optimizer.step()
+    assert [look.seconds for look in watch.looks] == [*range(2, 24, 2), 29]
+
+
+def test_quality_is_the_attack_on_the_losses_and_leaves_the_mode():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Dropout(0.9)).train()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(2))
+    sure, unsure = torch.tensor([[5.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    parts = {"forget": (sure.repeat(3, 1), torch.zeros(3, dtype=torch.long))}
+    parts["unseen"] = torch.cat((sure, unsure)), torch.tensor([0, 0])
+    assert bench_unlearn.quality(model, parts) == (0.75, 0.5)  # one of two unseen losses is as low as all forgotten
+    assert model.training
+    assert model[1].training
+
+
+def test_time_to_forget_is_drawn_from_its_rows(tmp_path):
+    pytest.importorskip("matplotlib")
+    import plot
+
+    looks = [bench_unlearn.Look(seconds, 0.6 - seconds / 100, 0.9) for seconds in (0.0, 1.0, 4.0)]
+    found = dict.fromkeys(("retrain", "as published", "nabla_tau, paper", "nabla_tau"), looks)
+    records = [*bench_unlearn.records_of(found, "MLP, table, 3%, seed 0", "cpu", 1)]
+    times = {record.provider: (record.p50, record.ratio) for record in records if record.case.endswith("to forget")}
+    assert times["retrain"] == (4, 1)
+    assert times["nabla_tau"] == times["retrain, stopped early"] == (4, 1)
+    write_csv(records, tmp_path / "unlearn_cpu.csv", "cpu")
+    drawn = plot.curves(read_csv(tmp_path / "unlearn_cpu.csv"))
+    assert drawn["AUC gap at"]["MLP, table, 3%"]["nabla_tau"] == [(1, 0.03), (4, 0)]
+    plot.main([str(tmp_path), str(tmp_path / "docs")])
+    assert (tmp_path / "docs" / "time_to_forget_cpu.png").read_bytes().startswith(b"\x89PNG")
