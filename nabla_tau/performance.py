@@ -45,6 +45,7 @@ class Performance:
             raise ValueError(f"performance must be one of {', '.join(MODES)}, got {mode!r}")
         self._model, self._call, self.mode = model, forward or default_forward, mode
         self._pairs: list[Pair] = []
+        self._modes: list[bool] = []  # of the modules, when it was decided
         on = mode == "auto"
         self.channels_last = on and any(isinstance(module, nn.Conv2d) for module in model.modules())
         self.autocast = autocast_dtype(model) if on else None
@@ -52,9 +53,12 @@ class Performance:
         self.micro_batch_size: int | None = None
 
     def look(self, batch: Batch) -> None:
-        """Decide what can be rewritten, and how many samples at once, by forwards of a few samples of this batch."""
-        if self.mode == "off" or not sample_count(batch) or not _is_plain(self._model):
+        """Decide what can be rewritten, and how many samples at once, by forwards of a few samples of this batch; once,
+        and anew when modules have changed between train and eval mode."""
+        modes = [module.training for module in self._model.modules()]
+        if modes == self._modes or self.mode == "off" or not sample_count(batch) or not _is_plain(self._model):
             return
+        self._modes = modes
         try:
             few = rows_between(batch, slice(0, LOOK_AT))
         except ValueError:  # not one entry a sample everywhere
@@ -113,9 +117,9 @@ def kept_for_backward(model: nn.Module, run: Callable[[], Tensor]) -> int:
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        where = tensor.untyped_storage().data_ptr()
+        if where not in own:
+            kept[where] = max(kept.get(where, 0), tensor.nbytes)
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):

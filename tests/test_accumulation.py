@@ -172,7 +172,8 @@ class Counting(Tokens):
 def test_nothing_is_recomputed_but_the_forget_losses_of_the_quantile_gate(gate, again):
     torch.manual_seed(0)
     model = Counting().double()
-    unlearner, _ = stepped(model, labelled(7, 1), labelled(11, 2), gate=gate, micro_batch_size=3)
+    settings = {"gate": gate, "micro_batch_size": 3, "performance": "off"}
+    unlearner, _ = stepped(model, labelled(7, 1), labelled(11, 2), **settings)
     assert unlearner.model.seen == {True: 18, False: again}
     assert unlearner.model.most == 3
     assert unlearner.forwards == "micro-batches of at most 3 samples"

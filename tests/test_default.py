@@ -354,7 +354,7 @@ def test_tau_is_measured_on_so_many_samples_drawn_anew_by_the_seed():
                 found[-1] |= names
             return model(batch[0]), batch[1]
 
-        unlearn(mlp(features=9), **parts, recipe=recipe, forward=forward, seed=seed)
+        unlearn(mlp(features=9), **parts, recipe=recipe, forward=forward, seed=seed, performance="off")
         return found[1:]  # the first holds every look before the first step, at the labels too
 
     first, again, other = draws(4), draws(4), draws(5)
@@ -527,7 +527,7 @@ def test_after_a_failure_the_weights_are_those_of_the_last_look():
         snapshots[step] = copy.deepcopy(model.state_dict())
 
     with pytest.raises(NonFiniteLossError) as caught:
-        unlearn(model, **vector_parts(), recipe=recipe, forward=forward, log=log, inplace=True)
+        unlearn(model, **vector_parts(), recipe=recipe, forward=forward, log=log, inplace=True, performance="off")
     assert caught.value.step == 30
     every = caught.value.result.settings["tau_every_steps"]
     assert every == 4
@@ -563,7 +563,7 @@ def test_samples_per_second_and_seconds(monkeypatch):
     recipe = replace(DEFAULT, min_steps=20, batch_size=50)  # 25 forget and 50 retain samples a step, two forwards
     clock = Clock(monkeypatch)
     started = clock.now
-    result = unlearn(mlp(), **vector_parts(), recipe=recipe, forward=clock.forward)
+    result = unlearn(mlp(), **vector_parts(), recipe=recipe, forward=clock.forward, performance="off")
     # Two seconds a step; a forget pass is 25 + 15 samples, so two steps are 40 + 100 samples; tau is left out.
     assert result.history["samples_per_second"] == pytest.approx([140 / 4] * 20)
     # Twenty steps, ten times tau and once more after the last step; and no more than has passed.
@@ -578,6 +578,7 @@ def test_resumed_run_is_the_whole_run(memorised, tmp_path, monkeypatch, cut):
         "recipe": replace(DEFAULT, min_steps=40, batch_size=32, tau_samples=150),
         "seed": 2,
         "forward": Clock(monkeypatch).forward,
+        "performance": "off",
         "checkpoint_every": 3,
     }
     whole = unlearn(model, **parts, **settings)
