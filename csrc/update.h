@@ -15,11 +15,11 @@ enum Column : int {
     kParameter, kFirst, kSecond, kForget, kRetain, kMask, kCentre, kStep, kSize, kNumber, kRateAt,
     kRate, kDecay, kSign, kBeta1, kBeta2, kEps, kMomentum, kDampening, kNesterov,
     kColumns
-};  // clang-format off
+};
 constexpr const char* kColumnNames[] = {
     "parameter", "first", "second", "forget", "retain", "mask", "centre", "step", "size", "number", "rate_at",
     "rate", "decay", "sign", "beta1", "beta2", "eps", "momentum", "dampening", "nesterov",
-};  // clang-format on
+};
 static_assert(sizeof(kColumnNames) / sizeof(*kColumnNames) == kColumns, "a name for each column");
 
 struct Table {

@@ -32,6 +32,13 @@ def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.full((), value, dtype=dtype, device=device)
 
 
+@functools.lru_cache(maxsize=64)
+def _aligned(content: bytes) -> bool:
+    """Whether every tensor of a table starts on 16 bytes."""
+    words, width = memoryview(content).cast("q"), len(COLUMNS)
+    return all(word % 16 == 0 for start in range(0, len(words), width) for word in words[start : start + _ADDRESSES])
+
+
 def _on_device(value: float | Tensor, device: torch.device) -> Tensor:
     return value if isinstance(value, Tensor) else _scalar(float(value), torch.float64, device)
 
@@ -104,16 +111,12 @@ class Workspace:
         return found
 
     def _launch(self, kernel, part: _Part, rows: list[Row], table: Tensor, content: bytes, *arguments) -> None:
-        words = memoryview(content).cast("q")
-        width = len(COLUMNS)
-        aligned = all(
-            word % 16 == 0 for start in range(0, len(words), width) for word in words[start : start + _ADDRESSES]
-        )
         real = tl.float64 if compute_dtype(rows[0].parameter) == torch.float64 else tl.float32
+        masked = any(row.mask is not None for row in rows)
         with torch.cuda.device_of(rows[0].parameter):
             kernel[(part.count,)](
                 table, part.chunks, *arguments,
-                T=_TYPES[part.dtype], Real=real, MASKED=any(row.mask is not None for row in rows), ALIGNED=aligned,
+                T=_TYPES[part.dtype], Real=real, MASKED=masked, ALIGNED=_aligned(content),
                 BLOCK=part.config.classes, num_warps=part.config.num_warps(),
             )  # fmt: skip
 
