@@ -184,6 +184,13 @@ def is_sharded(model: nn.Module) -> bool:
     return dist.is_available() and any(_fsdp_groups(module) for module in model.modules())
 
 
+def can_be_copied(model: nn.Module) -> bool:
+    """Whether copy.deepcopy works: FSDP2 refuses, and a copy of DDP is on the default group."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return bool(model.process_group == dist.group.WORLD)
+    return not is_sharded(model)
+
+
 def _fsdp_groups(module: nn.Module) -> list[Any]:
     from torch.distributed.fsdp import FSDPModule
 

@@ -18,7 +18,7 @@ from nabla_tau._library import row_provider
 from nabla_tau.batch import Forward, sample_count
 from nabla_tau.checkpoint import Checkpoints
 from nabla_tau.classes import measure_target
-from nabla_tau.distributed import WHOLE, ProcessGroup, local_tensor, ranks_of, unwrapped
+from nabla_tau.distributed import WHOLE, ProcessGroup, can_be_copied, local_tensor, ranks_of, unwrapped
 from nabla_tau.evaluation import SampleLoss, device_of, evaluation_mode, mean_loss
 from nabla_tau.history import History, Log, diagnose
 from nabla_tau.perturbation import shrink_and_perturb
@@ -104,8 +104,11 @@ def unlearn(
     ranks = ranks_of(model, process_group)
     if path is not None and not resume and not ranks.all(not path.exists()):
         raise ValueError(f"checkpoint {path} exists: pass resume=True to go on from it, or remove it")
-    if ranks.parallel == "fsdp" and not inplace:
-        raise ValueError("a model to which fully_shard was applied cannot be copied: pass inplace=True")
+    if not inplace and not can_be_copied(model):
+        raise ValueError(
+            "a model to which fully_shard was applied, or in DistributedDataParallel on a group of some processes, "
+            "cannot be copied: pass inplace=True"
+        )
     if path is not None:
         check_writable(path, ranks)
     with torch.enable_grad(), torch.random.fork_rng(devices=_cuda_devices(device_of(model))):

@@ -79,7 +79,13 @@ def load_parts(
     # What no gradient ever reached has no state there, but may be asked for here.
     planner = DefaultLoadPlanner(allow_partial_load=True)
     parts = _parts(model, optimizer)
-    load(parts, checkpoint_id=path / state["parts"]["folder"], planner=planner, process_group=ranks.host)
+    load(
+        parts,
+        checkpoint_id=path / state["parts"]["folder"],
+        planner=planner,
+        process_group=ranks.host,
+        no_dist=ranks.host is None,
+    )
     by_name.set_model_state_dict(unwrapped(model), parts["model"])
     by_name.set_optimizer_state_dict(unwrapped(model), optimizer, parts["optimizer"])
 
@@ -105,7 +111,7 @@ def _save_parts(
         folder = path / f"{folder.name}b" if current == folder.name else folder
     folder = Path(ranks.objects(str(folder))[0])
     _on_rank_0(lambda: shutil.rmtree(folder, ignore_errors=True), ranks)
-    save(_parts(model, optimizer), checkpoint_id=folder, process_group=ranks.host)
+    save(_parts(model, optimizer), checkpoint_id=folder, process_group=ranks.host, no_dist=ranks.host is None)
     names = sorted(entry.name for entry in folder.iterdir())
     mine = {name: sha256(folder / name) for name in names[ranks.rank :: ranks.size]}
     digests = {name: digest for of_rank in ranks.objects(mine) for name, digest in of_rank.items()}

@@ -279,6 +279,8 @@ def refusals() -> list[str]:
         different[0].weight += rank
     caught(lambda: unlearn(different, **parts, process_group=dist.group.WORLD))
     caught(lambda: unlearn(prepared("fsdp")[0], **parts))
+    some = DistributedDataParallel(make_model(), process_group=dist.new_group([0, 1]))
+    caught(lambda: unlearn(some, **parts))
     half = make_model()
     fully_shard(half[0])
     caught(lambda: Unlearner(half, alpha=0.5))
@@ -291,6 +293,7 @@ def test_what_cannot_be_right_is_refused_on_every_rank(processes):
         "each would step on its own gate",
         "forget differs between the ranks",
         "model differs between the ranks",
+        "cannot be copied: pass inplace=True",
         "cannot be copied: pass inplace=True",
         "parameter 2.weight is not sharded",
     )

@@ -108,3 +108,21 @@ def test_own_task_on_the_command_line(tmp_path, monkeypatch):
     assert abs(gaps[1]) < 0.6 * gaps[0]
     assert abs(unlearned.gap["auc_loss"]) < original.gap["auc_loss"]
     assert unlearned.test_accuracy > retrained.test_accuracy - 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--fsdp",)])
+def test_two_processes(tmp_path, options):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(EXAMPLES / "ddp.py"), "--quick", "--json", "figures.json", *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    report = AuditReport.load(tmp_path / "figures.json")
+    assert done.stdout.count(report.table()) == 1, "rank 0 alone speaks"
+    assert f"2 processes ({'fsdp' if options else 'ddp'})" in done.stdout
+    original, unlearned = report.models["original"], report.models["unlearned"]
+    assert unlearned.auc_loss < original.auc_loss - 0.05
+
+
+def test_one_process_is_told_how_to_start_two(tmp_path):
+    assert "torchrun --nproc-per-node 2" in refused(run(tmp_path, "ddp.py"))
