@@ -186,7 +186,7 @@ def plot_time_to_forget(path: Path, out: Path) -> None:
         grid[line][0].set_ylim(min(looked) - room, max(looked) + room)  # that of the whole line of panels
         grid[line][0].set_ylabel(title, fontsize=9)
     figure.suptitle(
-        "Time to forget: how close to a retrained model, after how long\n", x=0.01, ha="left", weight="bold"
+        "Time to forget: how close to a retrained model, after how long\n\n", x=0.01, ha="left", weight="bold"
     )
     lines = [plt.Line2D([], [], marker="o", ms=3.5, lw=1.6, color=colour) for colour in palette.values()]
     below = 0.01, 1 - 0.28 / figure.get_figheight()
