@@ -32,9 +32,10 @@ def finish(process: BaseProcess, seconds: float = 120) -> None:
 def kills(
     run: Callable[..., None], arguments: tuple[Any, ...], output: Path, *, moments: random.Random, within: float
 ) -> Iterator[int]:
-    """Start `run` and kill it with SIGKILL after a random time below `within` seconds (2 % more each time: a busy machine
-    may take so long to get anywhere), again and again until it lives to write `output`. Yields the number of kills so far after each. A run that does not find its place again never
-    comes to an end, and fails."""
+    """Start `run` and kill it with SIGKILL after a random time below `within` seconds, again and again until it lives
+    to write `output`. Yields the number of kills so far after each. The time grows by 2 % with each, since a busy
+    machine may take so long to get anywhere. A run that does not find its place again never comes to an end, and fails.
+    """
     for count in range(1, MOST + 1):
         process = start(run, *arguments)
         process.join(moments.uniform(0, within * 1.02**count))
