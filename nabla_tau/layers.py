@@ -55,7 +55,7 @@ def is_layer(module: nn.Module) -> bool:
     same = all(getattr(kind, name, None) is getattr(known, name, None) for name in ("forward", "_conv_forward"))
     # A weight that is computed (weight_norm, parametrizations) is no parameter of the module.
     own = module._parameters
-    return same and own.keys() <= {"weight", "bias"} and "weight" in own and module.weight is own["weight"]
+    return same and own.keys() <= {"weight", "bias"} and "weight" in own
 
 
 def call_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Call | None:

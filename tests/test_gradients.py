@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from nabla_tau import capture
 from nabla_tau.functional import sample_losses
 from nabla_tau.gradients import ONE, DualGradients
 
@@ -282,6 +283,42 @@ def test_a_layer_that_is_not_what_it_seems(kind):
             truth = wanted(model, batch, weights, 2)
         assert_same(found, truth)
     assert dual.how.startswith("two backwards: ")
+    # Seen beforehand, but for batch statistics, which no layer with parameters shows.
+    assert ("its gradient by rows" in dual.how) == (kind == "batch statistics")
+
+
+class Doubled(nn.Module):
+    """The shift counts twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.shift = nn.Linear(6, 5), nn.Parameter(torch.zeros(5))
+
+    def forward(self, x):
+        return torch.add(self.layer(x), self.shift, alpha=2)
+
+
+@pytest.mark.parametrize("make", [Doubled, lambda: nn.Sequential(Bags("max"))])
+def test_what_is_known_to_be_no_sum_over_rows_is_not_tried(make):
+    model = build(make)
+    data = BY_LAYERS["bags, sum"][1] if isinstance(model, nn.Sequential) else vectors
+    dual, batch, weights = DualGradients(model, trainable(model)), sample(data, 5), torch.randn(5).double()
+    assert_same(dual_step(dual, batch, weights, 2), wanted(model, batch, weights, 2))
+    assert dual.how.startswith("two backwards: ")
+    assert "its gradient by rows" not in dual.how
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "transformer", "transformer, position embedding"])
+def test_only_the_first_layers_outputs_keep_their_gradients(name):
+    """Autograd holds the gradient of every tensor that it is asked for until the backward is over."""
+    make, data = BY_LAYERS[name]
+    model, batch = build(make), sample(data, 5)
+    with capture.recording(model, trainable(model)) as tape:
+        losses = losses_of(model, batch)
+    survey = tape.survey(losses, trainable(model))
+    assert len(survey.roots) == 1
+    assert survey.ends == []
+    assert len(survey.calls) >= 3
 
 
 def test_what_requires_a_gradient_and_the_modes_may_change():
