@@ -74,10 +74,12 @@ NABLA_TAU_INLINE void turn(std::uint32_t x, double& cosine, double& sine) {
 
 // Adds std * normal to the numbers [begin, begin + 4 kCount) of parameter `number`; begin is a multiple of 4.
 template <class Real, int kCount>
-NABLA_TAU_INLINE void add_noise(const Noise& noise, std::int64_t begin, std::int64_t number, Real (&values)[4 * kCount]) {
+NABLA_TAU_INLINE void add_noise(const Noise& noise, std::int64_t begin, std::int64_t number,
+                                Real (&values)[4 * kCount]) {
     alignas(64) std::uint32_t x[4][kCount];
     alignas(64) Real normal[4][kCount];
-    philox<kCount>(noise.seed, static_cast<std::uint32_t>(begin / 4), static_cast<std::uint32_t>(number), noise.step, x);
+    philox<kCount>(noise.seed, static_cast<std::uint32_t>(begin / 4), static_cast<std::uint32_t>(number), noise.step,
+                   x);
     const Real std = static_cast<Real>(noise.std);
     for (int pair = 0; pair < 4; pair += 2) {
         for (int b = 0; b < kCount; ++b) {

@@ -22,7 +22,8 @@ struct Gradient {
     Gradient(const Table& table, std::int64_t row, const Scales& scales)
         : forget(table.address<const T>(row, kForget)), retain(table.address<const T>(row, kRetain)),
           forget_scale(static_cast<Real>(table.number(row, kSign) * scales.forget)),
-          retain_scale(static_cast<Real>(table.number(row, kSign) * scales.retain)), number(table.integer(row, kNumber)) {
+          retain_scale(static_cast<Real>(table.number(row, kSign) * scales.retain)),
+          number(table.integer(row, kNumber)) {
         if (forget == nullptr) {
             forget = retain;
             forget_scale = retain_scale;
@@ -46,11 +47,19 @@ struct Gradient {
     }
 };
 
+// All ones where an entry moves, as wide as the numbers: a loop over bytes and numbers at once is not vectorised.
+template <class Real>
+using Bits = typename Exp<Real>::Bits;
+
 // Where an entry does not move, what was there is written back.
 template <class T, bool kMasked>
-NABLA_TAU_INLINE void put(real_of<T> value, const bool* mask, int j, T& to) {
+NABLA_TAU_INLINE void put(real_of<T> value, const Bits<real_of<T>>* moves, int j, T& to) {
     using Real = real_of<T>;
-    store(kMasked ? select<Real>(mask[j], value, load(to)) : value, to);
+    if constexpr (kMasked) {
+        const auto there = bits_as<Bits<Real>>(load(to));
+        value = bits_as<Real>((bits_as<Bits<Real>>(value) & moves[j]) | (there & ~moves[j]));
+    }
+    store(value, to);
 }
 
 template <class T>
@@ -78,9 +87,8 @@ struct AdamW {
     }
 
     template <bool kMasked>
-    NABLA_TAU_INLINE void block(std::int64_t begin, int count, const Real* g) const {
+    NABLA_TAU_INLINE void block(std::int64_t begin, int count, const Real* g, const Bits<Real>* moves) const {
         T *p = parameter + begin, *m = first + begin, *v = second + begin;
-        const bool* moves = kMasked ? mask + begin : nullptr;
         // Interpolated from the nearer end, as torch.lerp does: a mean that has arrived stays.
         const Real towards = near ? rest1 : -beta1;
         const Real c2 = beta2, d2 = rest2, scale = size, inverse = root, least = eps, kept = keep;
@@ -115,9 +123,8 @@ struct Sgd {
           rest(static_cast<Real>(1 - table.number(row, kDampening))), nesterov(table.number(row, kNesterov) != 0) {}
 
     template <bool kMasked>
-    NABLA_TAU_INLINE void block(std::int64_t begin, int count, const Real* g) const {
+    NABLA_TAU_INLINE void block(std::int64_t begin, int count, const Real* g, const Bits<Real>* moves) const {
         T *p = parameter + begin, *held = buffer + begin;
-        const bool* moves = kMasked ? mask + begin : nullptr;
         const Real lr = rate, wd = decay, mu = momentum, share = rest;
         if (buffer == nullptr) {
 #pragma omp simd
@@ -142,6 +149,7 @@ struct Sgd {
 template <class Real>
 struct alignas(64) Scratch {
     Real g[kBlock];
+    Bits<Real> moves[kBlock];
 };
 
 template <class Rule>
@@ -157,9 +165,12 @@ struct Update {
             const int count = static_cast<int>(std::min<std::int64_t>(kBlock, piece.end - begin));
             rule.gradient.fill(begin, count, noise, scratch.g);
             if (rule.mask) {
-                rule.template block<true>(begin, count, scratch.g);
+                const bool* mask = rule.mask + begin;
+                using Ones = Bits<typename Rule::Real>;
+                for (int j = 0; j < count; ++j) scratch.moves[j] = Ones(0) - static_cast<Ones>(mask[j]);
+                rule.template block<true>(begin, count, scratch.g, scratch.moves);
             } else {
-                rule.template block<false>(begin, count, scratch.g);
+                rule.template block<false>(begin, count, scratch.g, nullptr);
             }
         }
     }

@@ -45,7 +45,8 @@ struct Scales {
     const Noise* noise;  // or null
 };
 
-// T, the type of parameters, gradients and state, is float, double, float16 or bfloat16. No result depends on `threads`.
+// T, the type of parameters, gradients and state, is float, double, float16 or bfloat16. Results do not depend on
+// `threads`, the largest number of threads to use.
 
 // out: <f, f>, <f, r> and <r, r> over all parameters, of the entries that the masks let move.
 template <class T>
