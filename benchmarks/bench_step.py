@@ -2,18 +2,21 @@
 
 "as published": two DataLoaders, two forwards, default AdamW. "plain": what a good engineer writes: one mixed batch
 gathered from tensors, forget rows first, one forward and backward, fused AdamW; channels_last where the model has
-convolutions; "plain, compiled" with torch.compile besides. The engine's step is that of `unlearn`. All at 256 forget
-and 256 retain samples of the same data; each provider has its own model, and they take turns.
+convolutions, bfloat16 autocast on a GPU; "plain, compiled" with torch.compile besides. The engine's step is that of
+`unlearn`. All at 256 forget and 256 retain samples of the same data; each provider has its own model, and they take
+turns.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from record import Record, peak_mb, records_of, timings
+from resnet import resnet18
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -31,6 +34,11 @@ class Workload(NamedTuple):
     model: Callable[[], nn.Module]
     forget: Samples
     retain: Samples
+
+    def on(self, device: str) -> Workload:
+        return self._replace(
+            forget=tuple(t.to(device) for t in self.forget), retain=tuple(t.to(device) for t in self.retain)
+        )
 
 
 def fashion_cnn(fraction: float) -> Workload:
@@ -53,6 +61,14 @@ def table_mlp(fraction: float) -> Workload:
     return Workload(f"MLP, table, {fraction:.0%}", model, (x[:cut], y[:cut]), (x[cut:], y[cut:]))
 
 
+def cifar_resnet(fraction: float) -> Workload:
+    """ResNet-18 on images of CIFAR-10's shape, random ones: what a step costs does not depend on what they show."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(6000, 3, 32, 32, generator=generator), torch.randint(10, (6000,), generator=generator)
+    cut = round(fraction * len(x))
+    return Workload(f"ResNet-18, 32 x 32, {fraction:.0%}", resnet18, (x[:cut], y[:cut]), (x[cut:], y[cut:]))
+
+
 def endless(make: Callable[[], Any]) -> Iterator[Any]:
     while True:
         yield from make()
@@ -73,9 +89,11 @@ def as_published(
         return endless(lambda: DataLoader(TensorDataset(*data), BATCH, shuffle=True))
 
     forget, retain = loader(forget_data), loader(retain_data)
+    device = next(model.parameters()).device
 
     def step() -> None:
-        losses = [F.cross_entropy(model(x), y) for x, y in (next(forget), next(retain))]
+        batches = [[t.to(device) for t in next(of_group)] for of_group in (forget, retain)]
+        losses = [F.cross_entropy(model(x), y) for x, y in batches]
         optimizer.zero_grad()
         objective(*losses).backward()
         optimizer.step()
@@ -93,7 +111,7 @@ def plain(model: nn.Module, work: Workload, *, compiled: bool = False) -> Callab
     n_forget, n = len(work.forget[0]), len(x)
 
     def order(first: int, last: int) -> Iterator[Tensor]:
-        return endless(lambda: torch.split(first + torch.randperm(last - first), BATCH))
+        return endless(lambda: torch.split(first + torch.randperm(last - first, device=x.device), BATCH))
 
     forget, retain = order(0, n_forget), order(n_forget, n)
 
@@ -103,7 +121,8 @@ def plain(model: nn.Module, work: Workload, *, compiled: bool = False) -> Callab
         inputs = x[index]
         if images:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        losses = F.cross_entropy(call(inputs), y[index], reduction="none")
+        with torch.autocast("cuda", torch.bfloat16) if x.is_cuda else contextlib.nullcontext():
+            losses = F.cross_entropy(call(inputs), y[index], reduction="none")
         optimizer.zero_grad()
         objective(losses[: len(a)].mean(), losses[len(a) :].mean()).backward()
         optimizer.step()
@@ -133,12 +152,12 @@ def scaling(device: str, threads: int, quick: bool) -> Iterator[Record]:
     measured is whether a step knows how large the set is, not how batches of other sizes run."""
     total = (100 if quick else 200) * BATCH
     for name, like in (("CNN", fashion_cnn(0.15)), ("MLP", table_mlp(0.15))):
-        x = torch.randn(total, *like.forget[0].shape[1:])
-        y = torch.randint(int(like.retain[1].max()) + 1, (total,))
+        x = torch.randn(total, *like.forget[0].shape[1:], device=device)
+        y = torch.randint(int(like.retain[1].max()) + 1, (total,), device=device)
         steps = {}
         for fraction in (0.01, 0.03, 0.10, 0.30):
             cut = round(fraction * total)
-            model = like.model().eval()
+            model = like.model().to(device).eval()
             steps[f"{fraction:.0%}"] = engine(model, Workload(name, like.model, (x[:cut], y[:cut]), (x[cut:], y[cut:])))
         found = timings(steps, seconds=1 if quick else 20, device=device, queued=False)
         for fraction, timing in found.items():
@@ -159,12 +178,13 @@ def scaling(device: str, threads: int, quick: bool) -> Iterator[Record]:
 
 def run(device: str, threads: int, quick: bool) -> Iterator[Record]:
     fractions = (0.15,) if quick else (0.03, 0.15, 0.30)
-    for work in (make(fraction) for make in (fashion_cnn, table_mlp) for fraction in fractions):
+    workloads = (cifar_resnet, fashion_cnn, table_mlp) if device == "cuda" else (fashion_cnn, table_mlp)
+    for on_host in (make(fraction) for make in workloads for fraction in fractions):
         torch.manual_seed(0)
-        model = work.model().eval()
+        model, work = on_host.model().to(device).eval(), on_host.on(device)
         steps = {
             "as published": as_published(
-                published := copy.deepcopy(model), work.forget, work.retain, published_adamw(published)
+                published := copy.deepcopy(model), on_host.forget, on_host.retain, published_adamw(published)
             ),
             "plain": plain(copy.deepcopy(model), work),
             "plain, compiled": plain(copy.deepcopy(model), work, compiled=True),

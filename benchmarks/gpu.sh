@@ -44,7 +44,7 @@ finish() {
   {
     echo "device $device, $SECONDS s; failed: ${failed[*]:-nothing}"
     grep -hE '^==.*(done|FAILED|left out)|passed|ERROR SUMMARY|RACECHECK SUMMARY' "$out/log.txt"
-    grep -hE '^(ceilings|rows|linear_rows|update) .*(nabla_tau|copy|matmul)' "$out/log.txt"
+    grep -hE '^(ceilings|rows|linear_rows|update|norms|step) .*(nabla_tau|copy|matmul)' "$out/log.txt"
   } | tee "$out/summary.txt"
   exit $((${#failed[@]} > 0))
 }
@@ -65,7 +65,7 @@ cd "$site" || exit 2
 
 bench ceilings 30
 tests=()
-for name in gpu rows_triton update_triton multilabel_triton linear_rows library loss objective row_objectives numerics rows_cpp; do
+for name in gpu rows_triton update_triton gram_triton multilabel_triton linear_rows performance gradients library loss objective row_objectives numerics rows_cpp; do
   [ -f "$root/tests/test_$name.py" ] && tests+=("$root/tests/test_$name.py")
 done
 parallel=() # compiling the kernels takes longer than running them
@@ -88,6 +88,8 @@ for tool in memcheck racecheck; do
   fi
 done
 
+bench step 70
+bench norms 40
 bench update 60
 bench linear_rows 110
 bench rows 260
