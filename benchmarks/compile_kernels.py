@@ -108,7 +108,7 @@ def limit_of(case: Case, target: str, threads: int) -> int:
     512 threads are to be resident on a multiprocessor, and a block of 1024 has to fit: 512 threads with 32 logits of 2
     bytes each keep 32 KB in flight, and 3.35 TB/s x 0.7 us / 132 multiprocessors asks for 18 KB. NVIDIA has 65536
     registers for that; gfx942 has 4 x 512 x 64, of which each of 1024 threads gets 128. In float64, which is for tests
-    and takes two registers a number, half as many threads will do.
+    and for the one program that prepares an update, half as many threads will do: a number takes two registers.
     """
     if case.dtype == "fp64":
         return 256 if target == "gfx942" else min(255, 65536 // threads)

@@ -8,8 +8,9 @@ with weights, and all that differs is when the weights are known:
     streamed         "batch", "two_sided" and "sample" with several micro-batches: the forget samples first, with
                      weights that are right but for one factor; it is known when the last of them is through, and
                      multiplies the gradient in place. Then the retained ones, whose weights were known before.
-    looked at first  "quantile" with several micro-batches (the rank of a loss is known only among all of them): one
-                     more forward of the forget samples without gradient, then their backwards.
+    looked at first  "quantile" with several micro-batches (the rank of a loss is known only among all of them), and
+                     any gate that was closed in the step before: a forward of the forget samples without gradient
+                     tells their weights. Where all are 0 that was all; else their forwards and backwards follow.
 """
 
 from __future__ import annotations
@@ -112,10 +113,11 @@ class Accumulation:
         *,
         gate: str,
         alpha: Tensor,
+        look_first: bool = False,
     ) -> None:
         self.model, self.parameters, self.ranks = model, parameters, ranks
         self.sample_losses, self.objective = sample_losses, objective
-        self.gate, self.alpha = gate, alpha
+        self.gate, self.alpha, self._look_first = gate, alpha, look_first
         # A look at a CPU scalar is free: the backward of a closed or held gate is left out there.
         self._may_skip = alpha.device.type == "cpu" and not ranks.lockstep
 
@@ -130,7 +132,7 @@ class Accumulation:
     def in_turn(self, forget: Pieces, retain: Pieces, retain_count: Callable[[], Tensor | None]) -> Terms:
         """One group after the other. retain_count: the retained samples that count on this rank, or None where only
         their forwards can tell."""
-        if forget.several and self.gate in STREAMED and (count := retain_count()) is not None:
+        if forget.several and not self._look_first and self.gate in STREAMED and (count := retain_count()) is not None:
             forget_terms = self._forget(forget, last=False)
             retain_terms = self._retain(retain, count=self.ranks.total(count), last=True)
         else:
@@ -167,9 +169,9 @@ class Accumulation:
         return found
 
     def _forget(self, group: Pieces, *, last: bool, streamed: bool = True) -> Terms:
-        if not group.several:
+        if not group.several and not self._look_first:
             return self._at_once(group, last=last, forget=True)
-        if streamed and self.gate in STREAMED:
+        if streamed and not self._look_first and self.gate in STREAMED:
             return self._streamed(
                 group, lambda losses, counts: self._unit(losses, counts) / group.samples, last=last, forget=True
             )
@@ -177,6 +179,8 @@ class Accumulation:
             looked_at = [(piece, *self.sample_losses(piece.batch)) for piece in group.pieces]
         own = [(losses, counts) for piece, losses, counts in looked_at if piece.own]
         found = self._weigh(*self._joined(own))
+        if self._may_skip and not found.weights.any():
+            return found.terms
         weights = iter(torch.split(found.weights, [len(losses) for losses, _ in own]))
         self._run(group, lambda losses, _: next(weights) if len(losses) else losses, last=last)
         return found.terms

@@ -353,6 +353,7 @@ class _Run:
             "forwards": unlearner.forwards,
             **unlearner.performance.settings(),
             "micro_batch_size": unlearner.micro_batch_size,
+            "ascents_saved": unlearner.ascents_saved,
             "processes": self.ranks.size,
             "parallel": self.ranks.parallel,
             "optimizer": type(unlearner.optimizer).__name__,

@@ -7,6 +7,8 @@ numbers wherever it is repeated:
 - a model with 2-D convolutions gets its images in channels_last, which the convolutions and what follows keep;
 - on the CPU as many samples go through the model at once as leave 32 MB for the backward: more than the caches hold,
   but every pass over more is a pass over memory that the step before has just given back;
+- on the CPU a step after one in which the gate was closed looks at the forget losses before it computes an ascent
+  (`Unlearner`), which saves most of their cost while it stays closed;
 - on a GPU that computes in bfloat16 a float32 model runs under autocast; losses are float32 in any case.
 
 "off" leaves all of it away.

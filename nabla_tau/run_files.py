@@ -32,7 +32,7 @@ def exists(path: Path, ranks: Ranks) -> bool:
 
 def check_writable(path: Path, ranks: Ranks) -> None:
     """`checkpoint.check_writable` of what rank 0 will write, raised on every rank."""
-    of_all = path / RUN if ranks.parallel == "fsdp" or path.is_dir() else path
+    of_all = path / RUN if ranks.parallel == "fsdp" or (path / RUN).is_file() else path
     _on_rank_0(lambda: checkpoint.check_writable(of_all), ranks)
 
 

@@ -131,6 +131,10 @@ class Unlearner:
         self._quantiles = torch.zeros(QUANTILES, dtype=dtype, device=self.device)
         self._rank = torch.full((), torch.nan, dtype=dtype, device=self.device)
         self._has_tau = self._has_quantiles = False
+        # On the CPU, where looking is free; norms that learn from every batch must see the forget samples in any case.
+        self._may_look = performance == "auto" and self.device.type == "cpu" and self.ranks.parallel == "alone"
+        self._gate_closed = False  # in the last step, so that this one looks before it computes an ascent
+        self.ascents_saved = 0  # steps whose forget samples had no backward, because the gate was closed
         self.set_alpha(alpha)
         if tau is not None:
             self.set_tau(tau)
@@ -171,6 +175,7 @@ class Unlearner:
         forget, retain = to_device(forget_batch, self.device), to_device(retain_batch, self.device)
         modes = [module.training for module in self.model.modules()]
         if modes != self._modes:
+            self._gate_closed = self._gate_closed and not self._modes  # as it was loaded, before the first step
             self._modes = modes
             self.performance.look(retain)
             self.micro_batch_size = self._given_size
@@ -180,9 +185,18 @@ class Unlearner:
         self.optimizer.zero_grad(set_to_none=True)
         with self.performance.active():
             terms, forget_scale = self._accumulate(forget, retain)
+        self._note_gate(terms.gate_open)
         self.optimizer.step()
         values = (terms.total, terms.forget_loss, terms.retain_loss, terms.gate_open, forget_scale)
         return StepMetrics(*(value.detach() for value in values))
+
+    def _note_gate(self, gate_open: Tensor) -> None:
+        """Count the ascent that a closed gate saved, and say whether the next step looks before it computes one."""
+        if not self._may_look or uses_batch_statistics(self.model) is not None:
+            return
+        closed = gate_open.item() == 0
+        self.ascents_saved += closed and self._gate_closed
+        self._gate_closed = closed
 
     def _accumulate(self, forget: Batch, retain: Batch) -> tuple[Terms, Tensor]:
         """The gradient of the step in the parameters' .grad; the objective's terms and the scale of its forget part."""
@@ -195,10 +209,11 @@ class Unlearner:
             self._terms,
             gate=self.gate,
             alpha=self._alpha,
+            look_first=self._gate_closed,
         )
-        mixed = concatenate(forget, retain) if self.forwards == MIXED else None
+        mixed = concatenate(forget, retain) if self.forwards == MIXED and not self._gate_closed else None
         fits = mixed is not None and not (self.micro_batch_size and sample_count(mixed) > self.micro_batch_size)
-        if self.forwards == MIXED and self.ranks.all(fits):
+        if self.forwards == MIXED and not self._gate_closed and self.ranks.all(fits):
             if self.ranks.parallel == "alone" and self._loss is None and not self.hold:
                 terms = self._fused_terms(mixed, sample_count(forget))
                 terms.total.backward()  # type: ignore[no-untyped-call]
@@ -313,6 +328,8 @@ class Unlearner:
             "quantiles": self._quantiles.clone(),
             "rank": self._rank.clone(),
             "has_tau": self._has_tau,
+            "gate_closed": self._gate_closed,
+            "ascents_saved": self.ascents_saved,
             "has_quantiles": self._has_quantiles,
         }
 
@@ -323,6 +340,7 @@ class Unlearner:
         self._quantiles.copy_(state["quantiles"])
         self._rank.copy_(state["rank"])
         self._has_tau, self._has_quantiles = state["has_tau"], state["has_quantiles"]
+        self._gate_closed, self.ascents_saved = state["gate_closed"], state["ascents_saved"]
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:

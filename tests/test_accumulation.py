@@ -218,3 +218,45 @@ def test_refusals(model):
     batch = (torch.zeros(9), *labelled(4, 1))
     with pytest.raises(ValueError, match="one entry a sample, got lengths 9 and 4"):
         Unlearner(model, alpha=0.5, tau=1.0, forward=forward, micro_batch_size=2).step(batch, batch)
+
+
+class Counted(nn.Linear):
+    """Counts the samples that go through it, by whether a backward may follow."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 3)
+        self.seen = {True: 0, False: 0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen[torch.is_grad_enabled()] += len(x)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("balance", [None, CAP])
+@pytest.mark.parametrize("gate", ["batch", "sample", "quantile"])
+@pytest.mark.parametrize("size", [None, 4])
+def test_a_closed_gate_saves_the_ascent_and_changes_no_step(gate, balance, size):
+    (x, y), (u, v) = labelled(6, 3), labelled(9, 4)
+    forget, retain = (x, y[:, 0]), (u, v[:, 0])
+    found = {}
+    for looks in (True, False):
+        torch.manual_seed(0)
+        model = Counted().double()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+        settings = {"gate": gate, "balance": balance, "micro_batch_size": size}
+        settings["performance"] = "auto" if looks else "off"
+        unlearner = Unlearner(model, alpha=ALPHA, tau=HELD_OUT - 100, optimizer=sgd, **settings)
+        unlearner.step(forget, retain)  # chooses how to go forward, and finds the gate closed
+        model.seen = {True: 0, False: 0}
+        metrics = [unlearner.step(forget, retain) for _ in range(3)]
+        closed = dict(model.seen)
+        unlearner.set_tau(HELD_OUT + 100)
+        metrics += [unlearner.step(forget, retain) for _ in range(2)]
+        found[looks] = [*model.parameters(), *(value for of_step in metrics for value in of_step)]
+        if looks:
+            assert closed == {True: 3 * 9, False: 3 * 6}
+            assert unlearner.ascents_saved == 3
+            assert metrics[2].gate_open == 0
+            assert metrics[3].gate_open == 1
+    for one, other in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)

@@ -47,7 +47,7 @@ def test_kernels_keep_their_limits_on_every_target(tmp_path):
         assert row["spills"] == "0", where
         assert int(row["registers"]) <= int(row["limit"]), where
         # What the limit is for: a block fits, and half a multiprocessor's worth of threads beside each other.
-        if row["target"] != "gfx942":
+        if row["target"] != "gfx942" and row["dtype"] != "fp64":
             assert int(row["limit"]) * max(int(row["threads"]), 512) <= 65536, where
         if int(row["classes"]) % 16 == 0:
             assert row["wide_loads"] == "True", where
