@@ -140,7 +140,7 @@ class Accumulation:
             retain_terms = self._retain(retain, last=False)
             forget_terms = self._forget(forget, last=True, streamed=False)
         self.ranks.finish(self.parameters)
-        return _sum(forget_terms, retain_terms)
+        return add_terms(forget_terms, retain_terms)
 
     def balanced(self, forget: Pieces, retain: Pieces, cap: float) -> tuple[Terms, Tensor]:
         """The groups' gradients apart, that of the forget samples scaled down to `cap` times the other's norm; and the
@@ -157,7 +157,7 @@ class Accumulation:
             else:
                 scaled = ascent * scale.to(ascent.dtype)
                 parameter.grad = scaled if descent is None else descent.add_(scaled)
-        return _sum(forget_terms, retain_terms), scale
+        return add_terms(forget_terms, retain_terms), scale
 
     def _taken(self) -> list[Tensor | None]:
         self.ranks.finish(self.parameters)
@@ -287,7 +287,7 @@ class Accumulation:
             torch._foreach_mul_(same, factor.to(dtype))
 
 
-def _sum(forget: Terms, retain: Terms) -> Terms:
+def add_terms(forget: Terms, retain: Terms) -> Terms:
     return Terms(
         forget.total + retain.total, forget.forget_term, forget.forget_loss, retain.retain_loss, forget.gate_open
     )

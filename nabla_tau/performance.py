@@ -5,8 +5,6 @@ numbers wherever it is repeated:
 
 - frozen BatchNorm is folded into the layer before it, and ReLU waits for the pooling after it (`rewriting.py`);
 - a model with 2-D convolutions gets its images in channels_last, which the convolutions and what follows keep;
-- on the CPU as many samples go through the model at once as leave 32 MB for the backward: more than the caches hold,
-  but every pass over more is a pass over memory that the step before has just given back;
 - on the CPU a step after one in which the gate was closed looks at the forget losses before it computes an ascent
   (`Unlearner`), which saves most of their cost while it stays closed;
 - on a GPU that computes in bfloat16 a float32 model runs under autocast; losses are float32 in any case.
@@ -18,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -31,8 +28,6 @@ from nabla_tau.rewriting import Pair, find_pairs, rewritten
 Mode: TypeAlias = Literal["auto", "off"]
 MODES: tuple[str, ...] = get_args(Mode)
 LOOK_AT = 2  # samples that are looked at to find what can be rewritten
-KEPT_BYTES = 1 << 25  # of what is kept for the backward of one forward on the CPU
-SMALLEST = 16  # samples, of which a forward takes a multiple
 
 
 class Performance:
@@ -51,12 +46,10 @@ class Performance:
         on = mode == "auto"
         self.channels_last = on and any(isinstance(module, nn.Conv2d) for module in model.modules())
         self.autocast = autocast_dtype(model) if on else None
-        # Samples that should go through the model at once; None for any number.
-        self.micro_batch_size: int | None = None
 
     def look(self, batch: Batch) -> None:
-        """Decide what can be rewritten, and how many samples at once, by forwards of a few samples of this batch; once,
-        and anew when modules have changed between train and eval mode."""
+        """Decide what can be rewritten, by forwards of a few samples of this batch; once, and anew when modules have
+        changed between train and eval mode."""
         modes = [module.training for module in self._model.modules()]
         if modes == self._modes or self.mode == "off" or not sample_count(batch) or not _is_plain(self._model):
             return
@@ -76,11 +69,6 @@ class Performance:
                 return self.forward(model, few)[0]
 
         self._pairs = find_pairs(model, run)
-        if not devices:
-            with self.active():
-                kept = kept_for_backward(model, run) // sample_count(few)
-            fit = KEPT_BYTES // max(kept, 1) // SMALLEST * SMALLEST
-            self.micro_batch_size = max(fit, SMALLEST)
         with torch.no_grad():
             for buffer, before in zip(self._model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
@@ -108,26 +96,8 @@ class Performance:
             "channels_last": self.channels_last,
             "folded_norms": sum(pair.is_norm and pair.holds for pair in self._pairs),
             "pooled_first": sum(not pair.is_norm for pair in self._pairs),
-            "samples_at_once": self.micro_batch_size,
             "autocast": None if self.autocast is None else str(self.autocast).removeprefix("torch."),
         }
-
-
-def kept_for_backward(model: nn.Module, run: Callable[[], Tensor]) -> int:
-    """Bytes that one forward keeps for its backward, the model's own tensors not counted."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        where = tensor.untyped_storage().data_ptr()
-        if where not in own:
-            kept[where] = max(kept.get(where, 0), tensor.nbytes)
-        return tensor
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        logits = run()
-    del logits
-    return sum(kept.values())
 
 
 def autocast_dtype(model: nn.Module) -> torch.dtype | None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nabla_tau.accumulation import Accumulation, cut_in_step, without_trace
+from nabla_tau.accumulation import Accumulation, add_terms, cut_in_step, without_trace
 from nabla_tau.batch import (
     Batch,
     Forward,
@@ -69,8 +69,8 @@ class Unlearner:
     `loss` and without `balance`, which tells only afterwards which samples count: there the forget samples go through
     the model once more, without gradient. Batches must then have one entry a sample everywhere.
 
-    performance: "auto" runs the model in a faster form, the same but for rounding, and on the CPU chooses a
-    micro_batch_size where none is given (`nabla_tau.performance`); "off" runs it as it is.
+    performance: "auto" does what is faster and the same but for rounding (`nabla_tau.performance`); "off" runs the
+    model as it is.
 
     process_group: with a model in DistributedDataParallel, or to which fully_shard was applied, every rank calls `step`
     with its part of both batches (of any size, also none: tensors of 0 rows), and the step is that of the union. With
@@ -109,7 +109,7 @@ class Unlearner:
         self.parameters = trainable_parameters(model)
         self.model = model
         self.ranks = ranks_of(model, process_group)
-        self._given_size = self.micro_batch_size = micro_batch_size
+        self.micro_batch_size = micro_batch_size
         self.device = device_of(model)
         self.gate: Gate = gate
         self.power = power
@@ -178,10 +178,7 @@ class Unlearner:
             self._gate_closed = self._gate_closed and not self._modes  # as it was loaded, before the first step
             self._modes = modes
             self.performance.look(retain)
-            self.micro_batch_size = self._given_size
             self.forwards = self._choose_forwards(forget, retain)
-            if self._given_size is None:
-                self._cut_by_itself(sample_count(forget) + sample_count(retain))
         self.optimizer.zero_grad(set_to_none=True)
         with self.performance.active():
             terms, forget_scale = self._accumulate(forget, retain)
@@ -211,14 +208,16 @@ class Unlearner:
             alpha=self._alpha,
             look_first=self._gate_closed,
         )
-        mixed = concatenate(forget, retain) if self.forwards == MIXED and not self._gate_closed else None
+        mixed = concatenate(forget, retain) if self.forwards == MIXED else None
         fits = mixed is not None and not (self.micro_batch_size and sample_count(mixed) > self.micro_batch_size)
-        if self.forwards == MIXED and not self._gate_closed and self.ranks.all(fits):
+        if self.forwards == MIXED and self.ranks.all(fits):
             if self.ranks.parallel == "alone" and self._loss is None and not self.hold:
-                terms = self._fused_terms(mixed, sample_count(forget))
+                closed = self._closed_terms(forget) if self._gate_closed else None
+                terms = self._fused_terms(*((mixed, sample_count(forget)) if closed is None else (retain, 0)))
                 terms.total.backward()  # type: ignore[no-untyped-call]
-                return terms, whole
-            return added_up.mixed(mixed, sample_count(forget)), whole
+                return terms if closed is None else add_terms(closed, terms), whole
+            if not self._gate_closed:
+                return added_up.mixed(mixed, sample_count(forget)), whole
         pieces = cut_in_step(forget, retain, self.micro_batch_size, self.ranks)
         if self.balance is not None:
             return added_up.balanced(*pieces, self.balance)
@@ -226,6 +225,13 @@ class Unlearner:
 
     def _target(self, like: Tensor) -> Target:
         return Target(self._tau.to(like), self._quantiles.to(like) if self._has_quantiles else None)
+
+    def _closed_terms(self, forget: Batch) -> Terms | None:
+        """The forget part of the objective where it is 0, so that nothing follows from it; None where it is not."""
+        with torch.no_grad():
+            losses, counts = self._sample_losses(forget)
+            terms = self._terms(losses, torch.ones_like(counts), counts)
+        return terms if terms.gate_open.item() == 0 else None
 
     def _fused_terms(self, mixed: Batch, forget_count: int) -> Terms:
         logits, targets = self._forward(self.model, mixed)
@@ -296,14 +302,6 @@ class Unlearner:
         if not ranks.all(self._can_be_mixed(forget, retain, mixed)):
             return "two forwards: samples influence each other's loss in this model, or it draws random numbers"
         return MIXED
-
-    def _cut_by_itself(self, samples: int) -> None:
-        """Micro-batches of the size that suits the processor, where none was asked for, samples are known to be
-        independent and it costs no forward more."""
-        size = self.performance.micro_batch_size
-        free = self.gate != "quantile" and (self._loss is not None or not self._is_own_forward)
-        if self.forwards == MIXED and self.ranks.parallel == "alone" and free and size is not None and samples > size:
-            self.micro_batch_size, self.forwards = size, f"micro-batches of at most {size} samples"
 
     def _can_be_mixed(self, forget: Batch, retain: Batch, mixed: Batch) -> bool:
         """Whether one forward of both gives the losses of two. Three forwards on every rank, whatever it has."""

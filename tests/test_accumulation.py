@@ -257,6 +257,6 @@ def test_a_closed_gate_saves_the_ascent_and_changes_no_step(gate, balance, size)
             assert closed == {True: 3 * 9, False: 3 * 6}
             assert unlearner.ascents_saved == 3
             assert metrics[2].gate_open == 0
-            assert metrics[3].gate_open == 1
+            assert metrics[3].gate_open == pytest.approx(1)
     for one, other in zip(found[True], found[False], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
