@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 # The tensors here are small: a second thread costs more than it brings.
 torch.set_num_threads(1)
@@ -18,6 +20,19 @@ def blobs(count: int, classes: int = 4, features: int = 8, seed: int = 0, noise:
     centres = torch.randn(classes, features, generator=torch.Generator().manual_seed(99))
     labels = torch.randint(classes, (count,), generator=generator)
     return centres[labels] + noise * torch.randn(count, features, generator=generator), labels
+
+
+class Pairs(Dataset):
+    """A map-style Dataset of (inputs, targets)."""
+
+    def __init__(self, data: Data) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data[0])
+
+    def __getitem__(self, index: int) -> Data:
+        return self.data[0][index], self.data[1][index]
 
 
 def mlp(features: int = 8, classes: int = 4, width: int = 32) -> nn.Sequential:
@@ -37,6 +52,18 @@ def train(model: nn.Module, data: Data, epochs: int = 60, learning_rate: float =
 def _away_from_the_sources(tmp_path, monkeypatch):
     """`python -c` puts its working folder first: in the root it would find the sources instead of what is installed."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    """For tests of Triton kernels that `interpreted.load_kernels` gave: their environment while they run."""
+    from interpreted import INTERPRETED
+
+    for name, value in INTERPRETED.items():
+        monkeypatch.setenv(name, value)
+    # NumPy warns of the infinities that a GPU computes without a word.
+    with np.errstate(all="ignore"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import blobs, mlp
+from conftest import Pairs, blobs, mlp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from nabla_tau import NonFiniteLossError, Unlearner, unlearn
 from nabla_tau.auditing import audit
@@ -37,17 +37,6 @@ def make_parts() -> dict[str, Any]:
     x, y = blobs(330)
     x = x.double()
     return {"forget": (x[:41], y[:41]), "retain": (x[41:200], y[41:200]), "held_out": (x[200:], y[200:])}
-
-
-class Pairs(Dataset):
-    def __init__(self, data):
-        self.data = data
-
-    def __len__(self):
-        return len(self.data[0])
-
-    def __getitem__(self, index):
-        return self.data[0][index], self.data[1][index]
 
 
 def as_given(parts: dict[str, Any], given: str) -> dict[str, Any]:

@@ -5,50 +5,15 @@ Interpreted where there is no GPU, as in `test_rows_triton.py`.
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
-from types import ModuleType
-from unittest import mock
-
-import numpy as np
 import pytest
 import torch
+from interpreted import DEVICE, load_kernels
 
-import nabla_tau.kernels
 from nabla_tau.kernels import reference
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
-INTERPRETED = {} if ON_GPU else {"TRITON_INTERPRET": "1"}
+launch, gram = load_kernels("launch", "gram")
 
-
-def load_kernels() -> list[ModuleType]:
-    """Copies of the modules for this file alone, interpreted where there is no GPU."""
-    names = ["launch", "gram"]
-    with mock.patch.dict(os.environ, INTERPRETED):
-        triton = pytest.importorskip("triton", reason="triton is not installed")
-        importlib.import_module("triton.runtime.interpreter")
-        if not ON_GPU and isinstance(triton.language.sum, triton.JITFunction):
-            raise RuntimeError("triton was imported before this file and without TRITON_INTERPRET=1")
-        if not ON_GPU and triton.__version__.startswith("3.6."):
-            try:
-                int(np.zeros(1))
-            except TypeError:
-                pytest.skip("the interpreter of triton 3.6 does not loop with this NumPy", allow_module_level=True)
-        with mock.patch.dict(sys.modules), mock.patch.dict(vars(nabla_tau.kernels)):
-            for name in names:
-                sys.modules.pop(f"nabla_tau.kernels.{name}", None)
-            return [importlib.import_module(f"nabla_tau.kernels.{name}") for name in names]
-
-
-launch, gram = load_kernels()
-
-
-@pytest.fixture(autouse=True)
-def interpreter(monkeypatch):
-    for name, value in INTERPRETED.items():
-        monkeypatch.setenv(name, value)
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 
 def rows(samples, count, p, q, dtype=torch.float32):

@@ -12,9 +12,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import blobs, mlp
+from conftest import Pairs, blobs, mlp
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import nabla_tau
 from nabla_tau import NonFiniteLossError, unlearn
@@ -73,17 +73,6 @@ def test_same_seed_same_weights_other_seed_others(memorised):
     torch.rand(5)
     assert torch.equal(first, weights(run(model, parts, seed=3).model))
     assert not torch.equal(first, weights(run(model, parts, seed=4).model))
-
-
-class Pairs(Dataset):
-    def __init__(self, data):
-        self.data = data
-
-    def __len__(self):
-        return len(self.data[0])
-
-    def __getitem__(self, index):
-        return self.data[0][index], self.data[1][index]
 
 
 class Named(Pairs):

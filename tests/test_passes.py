@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
+from conftest import Pairs
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -78,17 +79,6 @@ def test_tau_of_step_0_is_that_of_the_weights_as_they_are_then(memorised, recipe
         result = unlearn(model, **data, recipe=recipe)
     perturbed = (recipe.shrink, recipe.noise) != (1, 0)
     assert (result.history["tau"][0] != pytest.approx(result.settings["tau_before"])) == perturbed
-
-
-class Pairs(Dataset):
-    def __init__(self, data):
-        self.data = data
-
-    def __len__(self):
-        return len(self.data[0])
-
-    def __getitem__(self, index):
-        return self.data[0][index], self.data[1][index]
 
 
 @pytest.mark.parametrize("kind", ["tensors", "dataset", "loader"])

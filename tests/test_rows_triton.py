@@ -6,63 +6,25 @@ after the other: that shows what they compute, not that their programs do not ra
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from itertools import pairwise
-from types import ModuleType
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from interpreted import DEVICE, ON_GPU, load_kernels
 from torch.nn import functional as F
 
-import nabla_tau.kernels
 from nabla_tau.kernels import reference
 from nabla_tau.objective import Target, objective
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
-# Triton looks at it when a kernel is defined, when it is itself imported, and while an interpreted kernel runs.
-INTERPRETED = {} if ON_GPU else {"TRITON_INTERPRET": "1"}
-
-
-def load_kernels() -> list[ModuleType]:
-    """Copies of the kernel modules for this file alone, interpreted where there is no GPU: what the rest of the session
-    has imported, or will import, stays as it is."""
-    names = ["launch", "rows", "multilabel"]
-    with mock.patch.dict(os.environ, INTERPRETED):
-        triton = pytest.importorskip("triton", reason="triton is not installed")
-        importlib.import_module("triton.runtime.interpreter")
-        if not ON_GPU and isinstance(triton.language.sum, triton.JITFunction):
-            raise RuntimeError("triton was imported before this file and without TRITON_INTERPRET=1")
-        if not ON_GPU and triton.__version__.startswith("3.6."):
-            try:
-                int(np.zeros(1))
-            except TypeError:
-                pytest.skip("the interpreter of triton 3.6 does not loop with this NumPy", allow_module_level=True)
-        with mock.patch.dict(sys.modules), mock.patch.dict(vars(nabla_tau.kernels)):
-            for name in names:
-                sys.modules.pop(f"nabla_tau.kernels.{name}", None)
-            return [importlib.import_module(f"nabla_tau.kernels.{name}") for name in names]
-
-
-launch, rows, multilabel = load_kernels()
+launch, rows, multilabel = load_kernels("launch", "rows", "multilabel")
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 EPS = torch.finfo(torch.float32).eps
 INF = float("inf")
 
-
-@pytest.fixture(autouse=True)
-def interpreter(monkeypatch):
-    for name, value in INTERPRETED.items():
-        monkeypatch.setenv(name, value)
-    # NumPy warns of the infinities that a GPU computes without a word.
-    with np.errstate(all="ignore"):
-        yield
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 
 @pytest.fixture(params=["tile", "online"])

@@ -6,47 +6,14 @@ after the other: that shows what they compute, tables of addresses included, not
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
-from types import ModuleType
-from unittest import mock
-
-import numpy as np
 import pytest
 import torch
+from interpreted import DEVICE, ON_GPU, load_kernels
 
-import nabla_tau.kernels
 from nabla_tau.kernels import update_reference as reference
 from nabla_tau.kernels.update_reference import Noise, Row, Settings
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
-# Triton looks at it when a kernel is defined, when it is itself imported, and while an interpreted kernel runs.
-INTERPRETED = {} if ON_GPU else {"TRITON_INTERPRET": "1"}
-
-
-def load_kernels() -> list[ModuleType]:
-    """Copies of the kernel modules for this file alone, interpreted where there is no GPU: what the rest of the session
-    has imported, or will import, stays as it is."""
-    names = ["launch", "update_chunks", "update", "update_sums", "update_launch"]
-    with mock.patch.dict(os.environ, INTERPRETED):
-        triton = pytest.importorskip("triton", reason="triton is not installed")
-        importlib.import_module("triton.runtime.interpreter")
-        if not ON_GPU and isinstance(triton.language.sum, triton.JITFunction):
-            raise RuntimeError("triton was imported before this file and without TRITON_INTERPRET=1")
-        if not ON_GPU and triton.__version__.startswith("3.6."):
-            try:
-                int(np.zeros(1))
-            except TypeError:
-                pytest.skip("the interpreter of triton 3.6 does not loop with this NumPy", allow_module_level=True)
-        with mock.patch.dict(sys.modules), mock.patch.dict(vars(nabla_tau.kernels)):
-            for name in names:
-                sys.modules.pop(f"nabla_tau.kernels.{name}", None)
-            return [importlib.import_module(f"nabla_tau.kernels.{name}") for name in names]
-
-
-launch, _, _, _, update_launch = load_kernels()
+launch, _, _, _, update_launch = load_kernels("launch", "update_chunks", "update", "update_sums", "update_launch")
 
 SIZES = [1, 3, 17, 64, 150]
 # Hardly any two alike; the last is for SGD, and the rate of the first for nothing but to differ.
@@ -56,13 +23,9 @@ SETTINGS = {"adamw": ADAMW, "sgd": SGD}
 
 
 @pytest.fixture(autouse=True)
-def interpreter(monkeypatch):
-    for name, value in INTERPRETED.items():
-        monkeypatch.setenv(name, value)
-    # A chunk of 64 entries: whole ones, a last one that is not whole, and parameters shorter than one.
+def chunks_of_64(monkeypatch, interpreter):
+    """Whole ones, a last one that is not whole, and parameters shorter than one."""
     monkeypatch.setattr(launch, "chunk", lambda _: launch.Launch(1, 64, 32))
-    with np.errstate(all="ignore"):
-        yield
 
 
 def make_rows(dtype=torch.float64, *, masked=False, momentum=True):
