@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -67,11 +70,17 @@ def interpreter(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def processes():
+def processes(tmp_path_factory):
     """Workers for the tests of several processes."""
     from processes import Processes
 
-    found = Processes(3)
+    # The server that they are forked from takes its working folder for the first place to import from.
+    here = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("workers"))
+    try:
+        found = Processes(3)
+    finally:
+        os.chdir(here)
     yield found
     found.close()
 
