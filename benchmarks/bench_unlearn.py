@@ -38,6 +38,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from nabla_tau import demo, unlearn
 from nabla_tau.membership import roc
 from nabla_tau.recipes import DEFAULT, PAPER, Plan, Recipe, make_plan
+from nabla_tau.suites.data import diamonds
 
 LOOKS = 12
 AUC_GAP, ACCURACY_GAP = 0.02, 0.01
@@ -186,7 +187,7 @@ def table() -> Workload:
     import tabular
     import training
 
-    data = tabular.load(tabular.find_file())
+    data = diamonds()
 
     def train(make: Make, samples: Samples, seed: int) -> nn.Module:
         return training.fit(make, samples, F.cross_entropy, epochs=80, seed=seed)[0]

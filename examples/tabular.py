@@ -9,42 +9,12 @@ the published one, and both are audited against a model trained without those di
 
 from __future__ import annotations
 
-import csv
-import importlib.util
-from pathlib import Path
-
 import torch
 from torch import nn
-from training import Data, fit, make_parser, split
+from training import fit, make_parser, split
 
 import nabla_tau
-
-CUTS = ("Fair", "Good", "Very Good", "Premium", "Ideal")
-CATEGORIES = {"color": "DEFGHIJ", "clarity": ("I1", "SI2", "SI1", "VS2", "VS1", "VVS2", "VVS1", "IF")}
-NUMBERS = ("carat", "depth", "table", "price", "x", "y", "z")
-
-
-def find_file() -> Path:
-    """diamonds.csv of the installed plotnine, found without importing it; exit with what to do where it is absent."""
-    spec = importlib.util.find_spec("plotnine")
-    path = Path(spec.origin).with_name("data") / "diamonds.csv" if spec is not None and spec.origin else None
-    if path is None or not path.is_file():
-        raise SystemExit("the table comes with the package plotnine: pip install --no-deps plotnine")
-    return path
-
-
-def load(path: Path) -> Data:
-    """Seven standardised numbers and the two categories one-hot, [N, 22]; the cut as a label 0-4, [N]."""
-    with path.open(newline="", encoding="utf-8") as lines:
-        # A diamond that is there twice could be forgotten and retained at once.
-        rows = list({tuple(row.values()): row for row in csv.DictReader(lines)}.values())
-    numbers = torch.tensor([[float(row[name]) for name in NUMBERS] for row in rows])
-    one_hot = [
-        nn.functional.one_hot(torch.tensor([values.index(row[name]) for row in rows]), len(values))
-        for name, values in CATEGORIES.items()
-    ]
-    x = torch.cat(((numbers - numbers.mean(0)) / numbers.std(0), *one_hot), dim=1)
-    return x, torch.tensor([CUTS.index(row["cut"]) for row in rows])
+from nabla_tau.suites.data import CUTS, DataNotFoundError, diamonds
 
 
 def make_model() -> nn.Module:
@@ -61,7 +31,10 @@ def main() -> None:
     args = make_parser(__doc__).parse_args()
     # Layers as small as these lose more by waiting for a second thread than it brings them.
     torch.set_num_threads(1)
-    data = load(find_file())
+    try:
+        data = diamonds()
+    except DataNotFoundError as error:
+        raise SystemExit(error) from None
     rows, epochs = (1_000, 60) if args.quick else (5_000, 80)
     parts = split(data, train=rows, held_out=rows // 4, unseen=rows // 2, fraction=args.fraction, seed=args.seed)
     forget, retain = parts["forget"], parts["retain"]

@@ -19,9 +19,10 @@ from nabla_tau.membership.shadow import Indices, train_shadow_ensemble
 from nabla_tau.membership.shadow_attacks import MIN_SHADOWS
 from nabla_tau.membership.shadow_store import ShadowScores
 from nabla_tau.recipes import DEFAULT, PAPER, Recipe
-from nabla_tau.suites import train
+from nabla_tau.suites import scenarios, train
 from nabla_tau.suites.data import Data, fashion_mnist
 from nabla_tau.suites.models import mlp, small_cnn
+from nabla_tau.suites.scenarios import Scenario
 
 TRAIN, HELD_OUT = 6_000, 1_500  # of 10,000 images; the other 2,500 are unseen
 EPOCHS, BATCH, LEARNING_RATE = 20, 128, 1e-3
@@ -41,16 +42,9 @@ def split(seed: int, fraction: float, classes: int) -> dict[str, Data]:
         raise ValueError(f"fraction must be in (0, 1), got {fraction}")
     if not 0 <= classes < 10:
         raise ValueError(f"classes must be 0 to 9 of the 10 classes, got {classes}")
-    x, y = fashion_mnist()
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(x), generator=generator)
-    train, held_out, unseen = order[:TRAIN], order[TRAIN : TRAIN + HELD_OUT], order[TRAIN + HELD_OUT :]
-    if classes:
-        forgotten = torch.isin(y[train], torch.randperm(10, generator=generator)[:classes])
-    else:
-        forgotten = torch.arange(TRAIN) < round(fraction * TRAIN)
-    parts = {"forget": train[forgotten], "retain": train[~forgotten], "held_out": held_out, "unseen": unseen}
-    return {name: (x[index], y[index]) for name, index in parts.items()}
+    scenario = Scenario("classes", classes) if classes else Scenario("random", fraction)
+    parts = scenarios.split(fashion_mnist(), scenario, train=TRAIN, held_out=HELD_OUT, seed=seed)
+    return {"forget": parts.forget, "retain": parts.retain, "held_out": parts.held_out, "unseen": parts.test}
 
 
 def finetune_recipe() -> Recipe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,7 +41,6 @@ class Amnesiac:
             own = shifts[forget.numbers.cpu()].to(setup.device)
             return lambda targets: (targets.long() + own) % classes
 
-        def optimizer(moved: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-            return torch.optim.Adam(moved, lr=self.learning_rate)
+        optimizer = partial(torch.optim.Adam, lr=self.learning_rate)
 
         return [relabelling(setup, relabel, optimizer, epochs=self.epochs, batch_size=self.batch_size)]

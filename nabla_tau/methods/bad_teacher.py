@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -50,8 +51,7 @@ class BadTeacher:
                 Term("retain_term", retain.batch, kept, 1 - mixed.share),
             ]
 
-        def optimizer(moved: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-            return torch.optim.Adam(moved, lr=self.learning_rate)
+        optimizer = partial(torch.optim.Adam, lr=self.learning_rate)
 
         steps = max(1, round(self.epochs * mixed.steps))
         return [Stage(steps, terms, optimizer, forget=mixed.forget, retain=mixed.retain)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -42,7 +43,7 @@ def descent(
     return Stage(
         steps,
         terms,
-        lambda moved: torch.optim.AdamW(moved, lr=training.learning_rate, weight_decay=0.01),
+        partial(torch.optim.AdamW, lr=training.learning_rate, weight_decay=0.01),
         retain=size,
         rate=falling(steps, 0.1),
         training=True,

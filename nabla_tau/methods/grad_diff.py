@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ class Beside:
         return Stage(
             steps,
             terms,
-            lambda moved: torch.optim.AdamW(moved, lr=self.learning_rate, weight_decay=0.01),
+            partial(torch.optim.AdamW, lr=self.learning_rate, weight_decay=0.01),
             forget=size,
             retain=setup.batch_size("retain", self.batch_size) if self.retain_weight else 0,
             rate=lambda step: (step + 1) / warm if step < warm else (steps - step) / (steps - warm),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -37,7 +38,6 @@ class L1Sparse:
                 if parameter.grad is not None:
                     parameter.grad.add_(parameter.detach().sign(), alpha=penalty)
 
-        def optimizer(moved: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-            return torch.optim.SGD(moved, lr=self.learning_rate, momentum=0.9, weight_decay=self.decay)
+        optimizer = partial(torch.optim.SGD, lr=self.learning_rate, momentum=0.9, weight_decay=self.decay)
 
         return [Stage(steps, terms, optimizer, retain=size, training=True, gradient=shrink)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -28,8 +29,7 @@ class NegGrad:
         def terms(step: int, forget: Drawn, retain: Drawn) -> list[Term]:
             return [Term("forget_term", forget.batch, setup.losses, -1.0)]
 
-        def optimizer(moved: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-            return torch.optim.SGD(moved, lr=self.learning_rate, momentum=0.9)
+        optimizer = partial(torch.optim.SGD, lr=self.learning_rate, momentum=0.9)
 
         return [Stage(steps, terms, optimizer, forget=size)]
 
@@ -62,8 +62,7 @@ class NegGradPlus:
                 if parameter.grad is not None:
                     parameter.grad.add_(parameter.detach() - before, alpha=self.alpha * self.decay)
 
-        def optimizer(moved: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-            return torch.optim.SGD(moved, lr=self.learning_rate, momentum=0.9)
+        optimizer = partial(torch.optim.SGD, lr=self.learning_rate, momentum=0.9)
 
         stage = Stage(steps, terms, optimizer, forget=forget_size, retain=size, rate=falling(steps))
         stage.gradient = stay_near

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,8 +40,7 @@ class NGDiff:
                 Term("retain_term", retain.batch, setup.losses),
             ]
 
-        def optimizer(moved: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-            return torch.optim.AdamW(moved, lr=self.learning_rate, weight_decay=0.01)
+        optimizer = partial(torch.optim.AdamW, lr=self.learning_rate, weight_decay=0.01)
 
         return [
             Stage(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -29,7 +30,6 @@ class RandomLabel:
     def stages(self, setup: Setup) -> list[Stage]:
         relabel = random_labels(setup, setup.classes(self.name))
 
-        def optimizer(moved: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-            return torch.optim.SGD(moved, lr=self.learning_rate, momentum=0.9, weight_decay=self.decay)
+        optimizer = partial(torch.optim.SGD, lr=self.learning_rate, momentum=0.9, weight_decay=self.decay)
 
         return [relabelling(setup, relabel, optimizer, epochs=self.epochs, batch_size=self.batch_size)]

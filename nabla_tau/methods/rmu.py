@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +101,7 @@ class RMU:
             Stage(
                 self.steps,
                 terms,
-                lambda moved: torch.optim.AdamW(moved, lr=self.learning_rate, weight_decay=0.0),
+                partial(torch.optim.AdamW, lr=self.learning_rate, weight_decay=0.0),
                 forget=setup.batch_size("forget", self.batch_size),
                 retain=setup.batch_size("retain", self.batch_size),
                 parameters=moved,

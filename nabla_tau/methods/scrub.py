@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,8 +66,7 @@ class Scrub:
 
             return [Term("retain_term", retain.batch, values)]
 
-        def optimizer(moved: list[nn.Parameter]) -> torch.optim.Optimizer:
-            return torch.optim.Adam(moved, lr=self.learning_rate, weight_decay=self.decay)
+        optimizer = partial(torch.optim.Adam, lr=self.learning_rate, weight_decay=self.decay)
 
         found: list[Stage] = []
         for epoch in range(self.epochs):

@@ -137,10 +137,8 @@ class SFRon:
                     parameter = parameters[int(name)]
                     tensor.copy_(parameter.lerp_(tensor, 1 - self.slow))
 
-        def optimizer(moved: list[nn.Parameter]) -> torch.optim.Optimizer:
-            if self.optimizer == "adamw":
-                return torch.optim.AdamW(moved, lr=self.learning_rate, weight_decay=self.weight_decay)
-            return torch.optim.SGD(moved, lr=self.learning_rate, momentum=0.9, weight_decay=self.weight_decay)
+        kind = torch.optim.AdamW if self.optimizer == "adamw" else partial(torch.optim.SGD, momentum=0.9)
+        optimizer = partial(kind, lr=self.learning_rate, weight_decay=self.weight_decay)
 
         stage = Stage(
             len(updates),

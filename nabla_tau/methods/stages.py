@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -114,10 +115,10 @@ class StagedSteps:
         self._optimizer: torch.optim.Optimizer = torch.optim.SGD(self.setup.parameters, lr=0)  # of no steps
         self._streams: dict[str, Stream] = {}
         self._rates: list[float] = []
-        self.stages: list[Stage] = []
         with without_trace(job.model):
             self.stages = method.stages(self.setup)
-        self.count = sum(stage.steps for stage in self.stages)
+        # The first step of each stage, and then the number of all.
+        *self._starts, self.count = itertools.accumulate((stage.steps for stage in self.stages), initial=0)
         self.refresh_every = max(1, -(-self.count // 20))
         self._terms = TERMS if any(stage.learn for stage in self.stages) else TERMS[:2]
 
@@ -142,13 +143,9 @@ class StagedSteps:
             f"forget_loss_{when}": self.job.forget_loss(self.forward),
         }
 
-    def _starts(self) -> list[int]:
-        """The first step of each stage."""
-        return [sum(stage.steps for stage in self.stages[:index]) for index in range(len(self.stages))]
-
     def seek(self, step: int) -> None:
         """Take up the stage of the last step that was done; the next one begins with the next step."""
-        index = max(i for i, start in enumerate(self._starts()) if start < max(step, 1))
+        index = max(i for i, start in enumerate(self._starts) if start < max(step, 1))
         for entered in range(index + 1):  # a stage may go on with the optimizer of one before, and with its streams
             self._enter(entered, begin=False)
 
@@ -172,8 +169,7 @@ class StagedSteps:
 
     def _advance(self, step: int) -> None:
         """Enter the stages that begin with or before this step."""
-        starts = self._starts()
-        while self._entered + 1 < len(self.stages) and starts[self._entered + 1] <= step:
+        while self._entered + 1 < len(self.stages) and self._starts[self._entered + 1] <= step:
             self._enter(self._entered + 1, begin=True)
 
     def refresh(self, step: int) -> None:
@@ -183,7 +179,7 @@ class StagedSteps:
         self._advance(step)
         stage, optimizer = self.stages[self._entered], self._optimizer
         assert stage.terms is not None
-        own = step - self._starts()[self._entered]
+        own = step - self._starts[self._entered]
         wanted = None if stage.draws is None else stage.draws(own)
         every = [
             self._draw(name) if size and (wanted is None or name in wanted) else NOTHING

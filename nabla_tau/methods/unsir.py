@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nabla_tau.batch import split_targets
 from nabla_tau.distributed import unwrapped
 from nabla_tau.functional import row_losses
 from nabla_tau.methods.mixture import parts_of_batch
 from nabla_tau.methods.setup import Setup
-from nabla_tau.methods.stages import Drawn, Optimizer, Stage, Term
+from nabla_tau.methods.stages import Drawn, Stage, Term
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,11 @@ class UNSIR:
         def pass_of(retain_size: int) -> int:
             return max(1, round(setup.batches_per_pass("retain", retain_size) * retained / count))
 
+        rates = self.impair_learning_rate, self.repair_learning_rate
+        impairing, repairing = (partial(torch.optim.Adam, lr=rate) for rate in rates)
         return [
-            Stage(pass_of(others), impair, adam(self.impair_learning_rate), retain=others, training=True),
-            Stage(pass_of(size), repair, adam(self.repair_learning_rate), retain=size, training=True),
+            Stage(pass_of(others), impair, impairing, retain=others, training=True),
+            Stage(pass_of(size), repair, repairing, retain=size, training=True),
         ]
 
     def _noise(self, setup: Setup, removed: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -95,10 +98,3 @@ class UNSIR:
                 optimizer.step()
             found.append(noise.detach().cpu())
         return torch.cat(found), torch.tensor(removed).repeat_interleave(self.noise_samples)
-
-
-def adam(learning_rate: float) -> Optimizer:
-    def optimizer(moved: list[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(moved, lr=learning_rate)
-
-    return optimizer

@@ -61,7 +61,7 @@ class Answers:
 
 
 def answers(model: nn.Module, parts: Parts) -> Answers:
-    """One pass over each part, in eval mode."""
+    """In eval mode."""
     forget, unseen = (evaluate(model, part, batch_size=BATCH) for part in (parts.forget, parts.unseen))
     enough = min(len(forget), len(unseen)) >= MIN_SAMPLES
     labels = np.repeat([True, False], [len(forget), len(unseen)])

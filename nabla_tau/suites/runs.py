@@ -10,9 +10,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,8 +21,9 @@ from nabla_tau.checkpoint import load_checkpoint, save_checkpoint, write_atomic
 from nabla_tau.loop import unlearn
 from nabla_tau.methods import METHODS, NABLA_TAU
 from nabla_tau.progress import progress_bar
+from nabla_tau.provenance import versions
 from nabla_tau.recipes import RECIPES
-from nabla_tau.result import NonFiniteLossError
+from nabla_tau.result import NonFiniteLossError, UnlearnResult
 from nabla_tau.suites import SUITES, Suite, train
 from nabla_tau.suites.data import Data
 from nabla_tau.suites.measures import Answers, answers, compared, remarks
@@ -92,12 +91,12 @@ def compare_methods(
     data = x.to(suite.device), y.to(suite.device)
     store = _Store(cache or _default_cache(), _key(suite, scenario, data))
     rows: list[Row] = []
-    jobs = [(seed, name) for seed in seeds for name in (ORIGINAL, RETRAINED, *methods)]
-    with progress_bar(f"{suite.name}, {scenario}", len(jobs), enabled=progress) as update:
+    names = (ORIGINAL, RETRAINED, *methods)
+    with progress_bar(f"{suite.name}, {scenario}", len(seeds) * len(names), enabled=progress) as update:
         for seed in seeds:
             update(len(rows), f"seed {seed}: original and retrained")
             case = _Case(suite, scenario, data, seed, store, shadows if seed == seeds[0] else 0)
-            for name in (ORIGINAL, RETRAINED, *methods):
+            for name in names:
                 update(len(rows), f"seed {seed}: {name}")
                 rows.append(case.row(name))
         update(len(rows), "")
@@ -111,7 +110,7 @@ def compare_methods(
             "shadow_models": shadows if suite.shadow is not None else 0,
             "threads": torch.get_num_threads(),
             "device": suite.device,
-            "versions": {name: version(name) for name in ("nabla_tau", "torch", "numpy")},
+            "versions": versions(),
         },
     )
 
@@ -162,7 +161,7 @@ class _Case:
                 measures["ulira"] = self.shadows.control if name == RETRAINED else self.shadows.auc(lambda m, _: m)
             return Row(name, self.seed, measures, [])
         try:
-            result = self._unlearned(name)
+            result = self._unlearn(name, self.models[ORIGINAL][0], self.seed)
         except ValueError as error:
             return Row(name, self.seed, {}, [f"not for this: {error}"])
         except NonFiniteLossError as error:
@@ -172,34 +171,23 @@ class _Case:
         said = remarks(found, self.answers[ORIGINAL], retrained)
         if self._shadow_count:
             try:
-                measures["ulira"] = self.shadows.auc(functools.partial(self._of_shadow, name))
+                measures["ulira"] = self.shadows.auc(lambda model, seed: self._unlearn(name, model, seed).model)
             except (ValueError, NonFiniteLossError) as error:
                 said.append(f"U-LiRA failed: {error}")
         return Row(name, self.seed, measures, said)
 
-    def _unlearned(self, name: str) -> Any:
+    def _unlearn(self, name: str, model: nn.Module, seed: int) -> UnlearnResult:
         parts = self.parts
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # what a method fails to do is what is measured
             return unlearn(
-                self.models[ORIGINAL][0],
+                model,
                 forget=parts.forget,
                 retain=parts.retain,
                 held_out=parts.held_out,
-                seed=self.seed,
+                seed=seed,
                 **method_of(name),  # type: ignore[arg-type]
             )
-
-    def _of_shadow(self, name: str, model: nn.Module, seed: int) -> nn.Module:
-        return unlearn(
-            model,
-            forget=self.parts.forget,
-            retain=self.parts.retain,
-            held_out=self.parts.held_out,
-            seed=seed,
-            inplace=True,
-            **method_of(name),  # type: ignore[arg-type]
-        ).model
 
 
 class _Store:
