@@ -48,8 +48,8 @@ def make_parser() -> ArgumentParser:
     run.add_argument("--task", type=str, required=True, help=TASK_HELP)
     run.add_argument("--weights", type=Path, required=True, help="trained weights: .safetensors or .pt of tensors")
     run.add_argument("--out", type=Path, required=True, help="new .safetensors; an existing file is never overwritten")
-    run.add_argument("--method", type=str, default="nabla-tau", help="or another: `nabla-tau env` names them")
-    run.add_argument("--recipe", type=str | None, default=None, help="of nabla-tau: default or paper")
+    run.add_argument("--method", type=str | None, default=None, help="instead of the default: `nabla-tau env` has them")
+    run.add_argument("--recipe", type=str | None, default=None, help="of nabla-tau: default, gentle or paper")
     run.add_argument(
         "--performance", type=str, default="auto", choices=["auto", "off"], help="off: run the model just as it is"
     )

@@ -18,7 +18,7 @@ from nabla_tau.loop import unlearn
 from nabla_tau.membership.shadow import Indices, train_shadow_ensemble
 from nabla_tau.membership.shadow_attacks import MIN_SHADOWS
 from nabla_tau.membership.shadow_store import ShadowScores
-from nabla_tau.recipes import DEFAULT, PAPER, Recipe
+from nabla_tau.recipes import PAPER, Recipe
 from nabla_tau.suites import scenarios, train
 from nabla_tau.suites.data import Data, fashion_mnist
 from nabla_tau.suites.models import mlp, small_cnn
@@ -116,7 +116,7 @@ def run_demo(
         "retrained", lambda: train_cnn(parts["retain"], seed=seed + 1, name="retraining", progress=progress)
     )
     results = {}
-    for name, recipe in (("unlearned", DEFAULT), ("paper", PAPER), ("finetuned", finetune_recipe())):
+    for name, recipe in (("unlearned", None), ("paper", PAPER), ("finetuned", finetune_recipe())):
         with warnings.catch_warnings():
             # What a recipe fails to do is what the audit shows.
             warnings.simplefilter("ignore", UserWarning)

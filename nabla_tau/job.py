@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from nabla_tau.batch import Forward
 from nabla_tau.classes import ForgetKindReport, measure_target
 from nabla_tau.distributed import WHOLE, ProcessGroup, Ranks
-from nabla_tau.evaluation import SampleLoss, mean_loss
+from nabla_tau.evaluation import SampleLoss
 from nabla_tau.history import History
 from nabla_tau.objective import Target
 from nabla_tau.preparation import Prepared
 from nabla_tau.sources import Source, Stream, derive_seed
 
 FORGET, RETAIN, HELD_OUT, WEIGHTS, GLOBAL, LEARN = range(6)  # what a derived seed is for
-LOOK_AT = 500  # forget samples that their mean loss before and after is taken over
 
 
 @dataclass(frozen=True)
@@ -49,18 +48,6 @@ class Job:
     def stream(self, source: Source, batch_size: int, role: int) -> Stream:
         return Stream(source, batch_size, self.seed, role, WHOLE if self.sharded else self.ranks.share)
 
-    def forget_loss(self, forward: Forward | None) -> float:
-        """Mean loss of some forget samples, always the same ones."""
-        seed, (samples,) = derive_seed(self.seed, FORGET), self.batch_sizes(LOOK_AT)
-        return mean_loss(
-            self.model,
-            lambda share: self.data.forget.sample(samples, 250, seed, share),
-            forward=forward,
-            loss=self.loss,
-            ranks=self.ranks,
-            sharded=self.sharded,
-        )
-
     def target(
         self, forward: Forward | None, step: int, *, kind: ForgetKindReport | None = None, samples: int | None = None
     ) -> Target:
@@ -80,6 +67,10 @@ class Job:
             ranks=self.ranks,
             sharded=self.sharded,
         )
+
+
+class CannotServeError(ValueError):
+    """The job is of a kind that a method cannot serve; the message says why."""
 
 
 class Done(NamedTuple):

@@ -1,39 +1,34 @@
-"""`unlearn`: data, schedule, checkpoints and history around `Unlearner.step`."""
+"""`unlearn`: from a model and its data to the run of a method, or of those that the default takes."""
 
 from __future__ import annotations
 
 import copy
-import logging
-import math
-import time
 import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from nabla_tau import fingerprint
-from nabla_tau._library import row_provider
+from nabla_tau import outcome
 from nabla_tau.batch import Forward
-from nabla_tau.checkpoint import Checkpoints
-from nabla_tau.distributed import ProcessGroup, can_be_copied, local_tensor, ranks_of, unwrapped
+from nabla_tau.distributed import ProcessGroup, Ranks, can_be_copied, ranks_of, unwrapped
 from nabla_tau.evaluation import SampleLoss, device_of, evaluation_mode
-from nabla_tau.history import History, Log
-from nabla_tau.job import GLOBAL, Job
-from nabla_tau.methods import METHODS, NABLA_TAU, steps_of
+from nabla_tau.history import Log
+from nabla_tau.job import GLOBAL, CannotServeError, Job
+from nabla_tau.methods import METHODS, NABLA_TAU
+from nabla_tau.methods.restart import Weights
 from nabla_tau.methods.stages import Method
 from nabla_tau.preparation import prepare
-from nabla_tau.progress import progress_bar
-from nabla_tau.provenance import hardware
 from nabla_tau.recipes import RECIPES, Recipe
 from nabla_tau.result import NonFiniteLossError, UnlearnResult
-from nabla_tau.run_files import check_writable, exists, load_parts, load_run, save_run
+from nabla_tau.run import Attempt, Run
+from nabla_tau.run_files import check_writable, exists, method_of_run
 from nabla_tau.sources import derive_seed
 
-logger = logging.getLogger("nabla_tau")
-
-FLUSH_EVERY = 50  # steps between two reads of the device, at most
+REGAINED = 0.9  # of the way from untrained weights to the original's usefulness
 
 
 def unlearn(
@@ -42,7 +37,8 @@ def unlearn(
     forget: Any,
     retain: Any,
     held_out: Any,
-    method: str | Method = NABLA_TAU,
+    initial: nn.Module | Mapping[str, Tensor] | None = None,
+    method: str | Method | None = None,
     recipe: str | Recipe | None = None,
     forward: Forward | None = None,
     loss: SampleLoss | None = None,
@@ -66,11 +62,20 @@ def unlearn(
     forget, retain, held_out: tensors or arrays (also np.memmap) `(inputs, ..., targets)`, or a mapping of them with
     "labels"; map-style Datasets; DataLoaders. held_out must never have been trained on: its loss is what the forget
     loss is brought to. A number in (0, 1) takes that share of `retain` instead, and only with retain_is_unseen=True,
-    which states that the model was never trained on `retain`. method: "nabla-tau", or one that it is compared with: a
-    name of `nabla_tau.methods.METHODS`, or one of its dataclasses with settings of your own. recipe: of nabla-tau,
-    "default", "paper" (the published settings, arXiv 2403.14339) or a `nabla_tau.recipes.Recipe`. forward: (model,
-    batch) -> (logits, targets), where the model is not simply called on the inputs. loss: (logits, targets) ->
-    per-sample losses [B], for anything but classification.
+    which states that the model was never trained on `retain`. forward: (model, batch) -> (logits, targets), where the
+    model is not simply called on the inputs. loss: (logits, targets) -> per-sample losses [B], for anything but
+    classification.
+
+    With neither method nor recipe the model is trained anew on the retained samples, by a schedule that takes a
+    fraction of the first training (`nabla_tau.methods.restart.Restart`): nothing of the forget set is left, and nothing
+    need be tuned to it. Where that cannot be, or ends far from the original's held-out accuracy, as of a pretrained
+    model, nabla-tau's recipe "gentle" is run on the original weights instead, and the first of the result's warnings
+    says why. initial: what the first training began with, a model or its state dict, where that were not fresh weights:
+    the pretrained model that was finetuned, which must not know the forget set.
+
+    method: "nabla-tau" itself, or one that it is compared with: a name of `nabla_tau.methods.METHODS`, or one of its
+    dataclasses with settings of your own. recipe: of nabla-tau, "default", "gentle", "paper" (the published settings,
+    arXiv 2403.14339) or a `nabla_tau.recipes.Recipe`. What a run did not reach is in the result's warnings.
 
     The model runs in eval mode (norm statistics frozen, dropout off) but where a method says otherwise. It is copied
     unless inplace=True; its modes and the global random state are as before afterwards. seed fixes the data order and
@@ -98,6 +103,7 @@ def unlearn(
     NonFiniteLossError, with the last good weights, when a loss becomes nan or infinite.
     """
     chosen = _chosen(method, recipe)
+    first = _restart(model, initial, chosen)
     if checkpoint_every is not None and checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be at least 1 step, got {checkpoint_every}")
     path = None if checkpoint is None else Path(checkpoint)
@@ -126,29 +132,91 @@ def unlearn(
             sharded=data_is_sharded,
             performance=performance,
         )
-        if not inplace:
-            model = copy.deepcopy(model)
-        with evaluation_mode(model):
-            job = Job(
-                model,
-                data,
-                ranks,
-                data_is_sharded,
-                forward,
-                loss,
-                seed,
-                micro_batch_size=micro_batch_size,
-                process_group=process_group,
-                performance=performance,
-            )
-            run = _Run(job, chosen, History(log if ranks.rank == 0 else None))
-            result = run.execute(path, checkpoint_every, progress and ranks.rank == 0)
+
+        def execute(
+            own: nn.Module, method: Method | Recipe, attempt: Attempt | None = None, *, resume: bool = resume
+        ) -> UnlearnResult:
+            with evaluation_mode(own):
+                job = Job(
+                    own,
+                    data,
+                    ranks,
+                    data_is_sharded,
+                    forward,
+                    loss,
+                    seed,
+                    micro_batch_size=micro_batch_size,
+                    process_group=process_group,
+                    performance=performance,
+                )
+                run = Run(job, method, log, attempt)
+                return run.execute(path, checkpoint_every, progress and ranks.rank == 0, resume=resume)
+
+        if chosen is not None:
+            result = execute(model if inplace else copy.deepcopy(model), chosen)
+        else:
+            result = _automatic(model, first, inplace, execute, path if resume else None, ranks)
     for message in result.warnings if ranks.rank == 0 else ():
         warnings.warn(message, stacklevel=2)
     return result
 
 
-def _chosen(method: str | Method, recipe: str | Recipe | None) -> Method | Recipe:
+def _automatic(
+    model: nn.Module,
+    first: Method,
+    inplace: bool,
+    execute: Callable[..., UnlearnResult],
+    begun: Path | None,
+    ranks: Ranks,
+) -> UnlearnResult:
+    """Fresh weights; and where that cannot serve the model, or falls far short of it, the gentle recipe on the original
+    weights."""
+    second = RECIPES["gentle"]
+    original = {name: tensor.clone() for name, tensor in unwrapped(model).state_dict().items()} if inplace else {}
+    attempt = None
+    at_second = begun is not None and exists(begun, ranks) and method_of_run(begun, ranks) == repr(second)
+    if not at_second:
+        try:
+            result = execute(model if inplace else copy.deepcopy(model), first)
+        except CannotServeError as error:
+            attempt = Attempt(f"fresh weights were not tried: {error}")
+        except NonFiniteLossError as error:
+            attempt = Attempt(f"fresh weights failed: {error}", error.step, error.result.seconds)
+        else:
+            if not outcome.regained(result.settings) < REGAINED:
+                return result
+            steps = result.settings["steps"]
+            reason = f"fresh weights would not do: after {steps} steps {outcome.missed(result.settings)}"
+            attempt = Attempt(reason, steps, result.seconds)
+        if inplace:
+            unwrapped(model).load_state_dict(original)
+    return execute(model if inplace else copy.deepcopy(model), second, attempt, resume=at_second)
+
+
+def _restart(
+    model: nn.Module, initial: nn.Module | Mapping[str, Tensor] | None, chosen: Method | Recipe | None
+) -> Method:
+    """`Restart`, from weights of the caller's where there are any."""
+    restart = METHODS["restart"]
+    if initial is None:
+        return restart
+    if chosen is not None:
+        raise ValueError("initial is what the default begins with: give it without method and recipe")
+    given = unwrapped(initial).state_dict() if isinstance(initial, nn.Module) else dict(initial)
+    wanted = unwrapped(model).state_dict()
+    for name in sorted(given.keys() | wanted.keys()):
+        shapes = [tuple(state[name].shape) if name in state else None for state in (given, wanted)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"initial must be weights of this model: {name} has shape {shapes[0]}, not {shapes[1]}")
+    return replace(restart, initial=Weights({name: tensor.clone() for name, tensor in given.items()}))  # type: ignore[type-var]
+
+
+def _chosen(method: str | Method | None, recipe: str | Recipe | None) -> Method | Recipe | None:
+    """What was asked for; None for what the engine thinks best."""
+    if method is None:
+        if recipe is None:
+            return None
+        method = NABLA_TAU
     if not isinstance(method, str) and not hasattr(method, "stages"):
         raise TypeError(f"method must be a name or an object of nabla_tau.methods, got {method!r}")
     if isinstance(method, str) and method not in (NABLA_TAU, *METHODS):
@@ -166,154 +234,3 @@ def _chosen(method: str | Method, recipe: str | Recipe | None) -> Method | Recip
 
 def _cuda_devices(device: torch.device) -> list[int]:
     return [device.index or 0] if device.type == "cuda" else []
-
-
-class _Run:
-    """State of one run: everything that a checkpoint holds, and nothing that the result does not need."""
-
-    def __init__(self, job: Job, method: Method | Recipe, history: History) -> None:
-        self.job, self.method, self.history = job, method, history
-        self.model, self.ranks = job.model, job.ranks
-        self.started = time.perf_counter()  # what a method looks at first is a part of what it takes
-        self.steps = steps_of(method, job)
-        self.warnings = [*job.data.warnings, *self.steps.warnings]
-        self.step = 0
-        self.seconds = 0.0
-        self.measured: dict[str, float] = {}
-        self.checkpoints: Checkpoints | None = None
-
-    def execute(self, path: Path | None, checkpoint_every: int | None, progress: bool) -> UnlearnResult:
-        steps, good = self.steps, self._snapshot()
-        resumed = path is not None and exists(path, self.ranks)
-        if path is not None and resumed:
-            self.load_state_dict(load_run(path, device_of(self.model), self.ranks), path)
-            good = self._snapshot()
-            self.started -= self.seconds
-            logger.info("resumed from %s at step %d of %d", path, self.step, steps.count)
-        else:
-            self.measured = steps.begin()
-            logger.info("before unlearning: %s", self.measured)
-        self.checkpoints = None if path is None else Checkpoints(path, self.step if resumed else None)
-        every = checkpoint_every or steps.refresh_every
-        with progress_bar(f"unlearning ({self.method.name})", steps.count, enabled=progress) as update:
-            while self.step < steps.count:
-                self._one_step()
-                done = self.step == steps.count
-                at_checkpoint = self.checkpoints is not None and (self.step % every == 0 or done)
-                if at_checkpoint or done or self.step % steps.refresh_every == 0 or self.step % FLUSH_EVERY == 0:
-                    self._flush(good)
-                    good = self._snapshot()
-                    update(self.step, steps.note(self.history))
-                if at_checkpoint and self.checkpoints is not None:
-                    self.seconds = time.perf_counter() - self.started
-                    self.checkpoints.save(self.step, self._write)
-        self.measured |= steps.finish()
-        self.warnings += steps.diagnose(self.history, self.measured)
-        logger.info("unlearned in %d steps: %s", self.step, self.measured)
-        return self._result()
-
-    def _write(self, path: Path) -> None:
-        save_run(path, self.state_dict(), self.model, self.steps.optimizer, self.ranks)
-
-    def _one_step(self) -> None:
-        if self.step % self.steps.refresh_every == 0:
-            self.steps.refresh(self.step)
-            self.history.restart_clock()
-        metrics, known, samples = self.steps.step(self.step)
-        self.history.record(self.step, metrics, known, samples * (1 if self.job.sharded else self.ranks.size))
-        self.step += 1
-
-    def _snapshot(self) -> dict[str, Any]:
-        return {
-            name: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
-            for name, value in self.model.state_dict().items()
-        }
-
-    def _flush(self, good: dict[str, Any]) -> None:
-        """Read the recorded steps; where a metric or a weight is no longer finite, go back to `good` and stop."""
-        broken = self.history.flush()
-        if broken is None:
-            local = [local_tensor(p) for p in self.steps.parameters]
-            if self.ranks.all(bool(torch.stack(torch._foreach_norm(local)).isfinite().all())):
-                return
-            broken = self.step - 1
-        self.model.load_state_dict(good)
-        columns = self.history.columns
-        losses = [name for name in ("forget_loss", "retain_loss", "loss", "tau") if name in columns]
-        at = {name.replace("_", " "): columns[name][broken] for name in losses}
-        cause = "a gradient" if all(map(math.isfinite, at.values())) else "a loss"
-        self.history.drop_after(broken)
-        message = (
-            f"{cause} became non-finite in step {broken} of {self.steps.count} "
-            f"({', '.join(f'{name} {value}' for name, value in at.items())}); stopped, and error.result.model has the "
-            "last good weights. Look for non-finite inputs, or use a recipe with a lower learning_rate"
-        )
-        raise NonFiniteLossError(message, broken, self._result())
-
-    def _result(self) -> UnlearnResult:
-        data, parameters = self.job.data, self.steps.parameters
-        settings = self.steps.settings(self.history) | {
-            "task": data.task or "loss function of the caller",
-            "forget_kind": data.kind.kind,
-            "data": data.places,
-            "processes": self.ranks.size,
-            "parallel": self.ranks.parallel,
-            "optimizer": type(self.steps.optimizer).__name__,
-            "trainable_parameters": sum(p.numel() for p in parameters),
-            "row_kernel": "loss function of the caller" if data.task is None else row_provider(parameters[0]),
-            "device": str(parameters[0].device),
-            "dtype": str(parameters[0].dtype),
-            "threads": torch.get_num_threads(),
-            "seed": self.job.seed,
-        }
-        return UnlearnResult(
-            model=self.model,
-            method=NABLA_TAU if isinstance(self.method, Recipe) else self.method.name,
-            recipe=self.method.name,
-            settings=settings | self.measured,
-            history=self.history.state_dict(),
-            warnings=[*self.warnings, *(self.checkpoints.warnings if self.checkpoints else [])],
-            seconds=time.perf_counter() - self.started,
-            counts=data.counts,
-            removed_classes=data.kind.removed,
-            fingerprints=data.fingerprints,
-            unlearned_fingerprint=fingerprint.of_model(self.model),
-            hardware=hardware(parameters[0].device),
-        )
-
-    def _identity(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to belong to this run."""
-        job = self.job
-        own: dict[str, Any] = {"ranks": self.ranks.size} if job.sharded else {}
-        own |= {"method": repr(self.method), "seed": job.seed, "steps": self.steps.count}
-        return own | {"performance": job.performance} | job.data.fingerprints
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "identity": self._identity(),
-            "step": self.step,
-            "seconds": self.seconds,
-            "measured": self.measured,
-            "model": unwrapped(self.model).state_dict(),
-            "steps": self.steps.state_dict(),
-            "history": self.history.state_dict(),
-            "rng": torch.get_rng_state(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
-        mine, theirs = self._identity(), state["identity"]
-        different = [key for key in mine if theirs.get(key) != mine[key]]
-        if different:
-            said = "; ".join(f"{key}: {theirs.get(key)} there, {mine[key]} here" for key in different)
-            raise ValueError(f"checkpoint {path} is of another run ({said})")
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.steps.seek(self.step)
-        if "parts" in state:
-            load_parts(path, state, self.model, self.steps.optimizer, self.ranks)
-            state["steps"]["optimizer"] = self.steps.optimizer.state_dict()
-        else:
-            unwrapped(self.model).load_state_dict(state["model"])
-        self.steps.load_state_dict(state["steps"])
-        self.history.load_state_dict(state["history"])
-        self.measured = dict(state["measured"])
-        torch.set_rng_state(state["rng"].cpu())

@@ -68,6 +68,11 @@ def load_run(path: Path, device: torch.device, ranks: Ranks) -> dict[str, Any]:
     return state
 
 
+def method_of_run(path: Path, ranks: Ranks) -> str:
+    """Of which method a checkpoint is; what `load_run` raises."""
+    return str(load_run(path, torch.device("cpu"), ranks)["identity"]["method"])
+
+
 def load_parts(
     path: Path, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
 ) -> None:

@@ -198,7 +198,7 @@ class TaskTraining:
             forget=select([sets[name] for name in SCORED], indices),
             retain=sets["retain"],
             held_out=sets["held_out"],
-            recipe=self.recipe or "default",
+            recipe=self.recipe,
             forward=task.forward,
             loss=task.loss,
             seed=seed % 2**31,

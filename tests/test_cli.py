@@ -71,7 +71,7 @@ def test_unlearn_then_audit(work, capsys):
     assert (work / "trained.safetensors").read_bytes() == before
     record = json.loads((work / "new.json").read_text())
     assert record == json.loads((work / "copy.json").read_text())
-    assert record["recipe"] == "default"
+    assert record["method"] == record["recipe"] == "restart"
     assert record["counts"] == {"forget": 60, "retain": 240, "held_out": 100}
     assert record["settings"]["steps"] == len(record["history"]["step"])
     old, new = load_file("trained.safetensors"), load_file("new.safetensors")

@@ -38,7 +38,8 @@ def run(counted, **settings):
 
 # 60 forget and 300 held-out samples, which are measured in batches of 250 at most.
 LOOK = Counter({2: 1})  # at the logits, on two samples
-FORGET, TAU = Counter({60: 1}), Counter({250: 1, 50: 1})
+TAU = Counter({250: 1, 50: 1})
+OUTCOME = Counter({60: 2}) + Counter({250: 2, 50: 2})  # both sets before and after
 HOW_TO_FORWARD = Counter({60: 1, 256: 1, 316: 1})  # the first batches apart and as one
 
 
@@ -47,16 +48,16 @@ def times(count: int, passes: Counter[int]) -> Counter[int]:
 
 
 def test_default_recipe(counted):
-    result, measured, training = run(counted, performance="off")
+    result, measured, training = run(counted, recipe="default", performance="off")
     steps = result.settings["steps"]
     assert steps == 200
     assert training == 2 * steps  # forget and retain gradients are kept apart
-    # Before, ten times on the way and after; the shrunk weights of step 0 are not those that were given.
-    assert measured == LOOK + times(2, FORGET) + times(12, TAU)
+    # tau before, ten times on the way and after; the shrunk weights of step 0 are not those that were given.
+    assert measured == LOOK + OUTCOME + times(12, TAU)
 
 
 def test_held_steps_have_no_ascent(counted):
-    result, _, training = run(counted)
+    result, _, training = run(counted, recipe="default")
     assert result.settings["ascents_saved"] > 50
     assert training == 2 * result.settings["steps"] - result.settings["ascents_saved"]
 
@@ -66,8 +67,8 @@ def test_published_recipe(counted):
     steps = result.settings["steps"]
     assert steps == 6
     assert training == steps
-    # Before, which serves step 0 too, at step 5, and after.
-    assert measured == LOOK + times(2, FORGET) + times(3, TAU) + HOW_TO_FORWARD
+    # tau before, which serves step 0 too, at step 5, and after.
+    assert measured == LOOK + OUTCOME + times(3, TAU) + HOW_TO_FORWARD
 
 
 @pytest.mark.parametrize("recipe", [DEFAULT, PAPER, dataclasses.replace(DEFAULT, shrink=1.0, noise=0.0)])

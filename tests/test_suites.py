@@ -165,7 +165,7 @@ def test_a_suite_of_a_strangers_own(tmp_path):
     [
         (["--data", "nothing"], "data must be one of fashion_mnist, .* got 'nothing'"),
         (["--data", "absent.py"], "no task file at absent.py"),
-        (["--methods", "magic"], "methods must be of nabla-tau, .* got 'magic'"),
+        (["--methods", "magic"], "methods must be of default, nabla-tau, .* got 'magic'"),
         (["--fraction", "2"], "random: the share must be in"),
         (["--fraction", ".1", "--classes", "1"], "one thing is forgotten in a comparison, got 10% random and 1 class"),
         (["--shadow", "3"], "U-LiRA needs at least 16 shadow models, got 3"),

@@ -23,6 +23,7 @@ from nabla_tau.methods.neg_grad import NegGrad, NegGradPlus
 from nabla_tau.methods.ng_diff import NGDiff
 from nabla_tau.methods.npo import NPO, SimNPO
 from nabla_tau.methods.random_label import RandomLabel
+from nabla_tau.methods.restart import Restart
 from nabla_tau.methods.retrain import Retrain
 from nabla_tau.methods.rmu import RMU
 from nabla_tau.methods.salun import SalUn
@@ -39,7 +40,7 @@ from nabla_tau.recipes import Recipe
 # By kind: descent, ascent, layers; relearning; one shot; saliency and streams; losses that language models are
 # unlearned with.
 _ALL: tuple[Method, ...] = (
-    *(Retrain(), Finetune(), L1Sparse(), CFk(), EUk()),
+    *(Restart(), Retrain(), Finetune(), L1Sparse(), CFk(), EUk()),
     *(NegGrad(), NegGradPlus(), NGDiff()),
     *(RandomLabel(), Amnesiac(), SalUn(), Scrub(), ScrubR(), BadTeacher(), UNSIR()),
     *(SSD(), FisherForgetting(), Influence()),

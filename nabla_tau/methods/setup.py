@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nabla_tau.batch import Batch, to_device
 from nabla_tau.distributed import local_tensor, unwrapped
 from nabla_tau.evaluation import counting_losses, device_of, evaluation_mode, forward_batches, over_samples
-from nabla_tau.job import WEIGHTS, Job
+from nabla_tau.job import WEIGHTS, CannotServeError, Job
 from nabla_tau.performance import Performance
 from nabla_tau.sample_norms import fisher_diagonal
 from nabla_tau.sources import LoaderSource, Source, derive_seed
@@ -76,7 +76,7 @@ class Setup:
         return logits.shape[1]
 
     def refuse(self, method: str, *, sharded_model: str = "", sharded_data: str = "", loader: str = "") -> None:
-        """ValueError where the job is of a kind that the method cannot serve; each says why, "" that it can."""
+        """CannotServeError where the job is of a kind that the method cannot serve; each says why, "" that it can."""
         why = ""
         if sharded_model and self.job.ranks.parallel == "fsdp":
             why = f"on a model to which fully_shard was applied: {sharded_model}"
@@ -85,7 +85,7 @@ class Setup:
         elif loader and any(isinstance(self.source(name), LoaderSource) for name in ("forget", "retain")):
             why = f"with a DataLoader: {loader}. Give tensors or a Dataset"
         if why:
-            raise ValueError(f"{method} does not work {why}")
+            raise CannotServeError(f"{method} does not work {why}")
 
     def say(self, **settings: Any) -> None:
         """Put what was chosen into the result's settings."""

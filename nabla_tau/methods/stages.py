@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from nabla_tau.accumulation import stand_in, take_gradients
 from nabla_tau.batch import Batch, Forward, sample_count, to_device, without_trace
 from nabla_tau.history import History
-from nabla_tau.job import FORGET, LEARN, RETAIN, Done, Job
+from nabla_tau.job import FORGET, LEARN, RETAIN, CannotServeError, Done, Job
 from nabla_tau.methods.setup import Setup
 from nabla_tau.preparation import Prepared
 from nabla_tau.sources import Source, Stream
@@ -68,8 +68,9 @@ class Stage:
     None for all.
 
     begin: before the first step. gradient: between backward and update, on .grad. combine: instead of adding the
-    gradients of the terms up, gets one list a term and gives the list to step along. after: after an update. state:
-    tensors that these functions keep from one step to another.
+    gradients of the terms up, gets one list a term and gives the list to step along. after: after an update. stop:
+    after the last step of the stage; True ends the run there. state: tensors that these functions keep from one step to
+    another.
     """
 
     steps: int
@@ -86,6 +87,7 @@ class Stage:
     gradient: Callable[[int], None] | None = None
     combine: Callable[[list[list[Tensor | None]]], list[Tensor | None]] | None = None
     after: Callable[[int], None] | None = None
+    stop: Callable[[], bool] | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
 
     def sets(self, data: Prepared) -> dict[str, tuple[Source, int]]:
@@ -107,7 +109,7 @@ class StagedSteps:
 
     def __init__(self, method: Method, job: Job) -> None:
         if job.micro_batch_size is not None:
-            raise ValueError(f"micro_batch_size is for nabla-tau: give {method.name} a smaller batch size instead")
+            raise CannotServeError(f"micro_batch_size is for nabla-tau: give {method.name} a smaller batch size")
         self.method, self.job = method, job
         self.setup = Setup(job)
         self.warnings: list[str] = self.setup.warnings
@@ -119,6 +121,7 @@ class StagedSteps:
             self.stages = method.stages(self.setup)
         # The first step of each stage, and then the number of all.
         *self._starts, self.count = itertools.accumulate((stage.steps for stage in self.stages), initial=0)
+        self._planned = self.count
         self.refresh_every = max(1, -(-self.count // 20))
         self._terms = TERMS if any(stage.learn for stage in self.stages) else TERMS[:2]
 
@@ -135,13 +138,7 @@ class StagedSteps:
         return self.setup.forward_alone
 
     def begin(self) -> dict[str, float]:
-        return self._measured("before")
-
-    def _measured(self, when: str) -> dict[str, float]:
-        return {
-            f"tau_{when}": float(self.job.target(self.forward, 0).mean),
-            f"forget_loss_{when}": self.job.forget_loss(self.forward),
-        }
+        return {"tau_before": float(self.job.target(self.forward, 0).mean)}
 
     def seek(self, step: int) -> None:
         """Take up the stage of the last step that was done; the next one begins with the next step."""
@@ -210,6 +207,8 @@ class StagedSteps:
         if stage.after is not None:
             with torch.no_grad():
                 stage.after(own)
+        if stage.stop is not None and own + 1 == stage.steps and stage.stop():
+            self.count = step + 1
         metrics = {"loss": torch.stack(list(parts.values())).sum(), **parts}
         known = {name: float("nan") for name in self._terms if name not in parts}
         known |= {"learning_rate": float(optimizer.param_groups[0]["lr"]), "stage": float(self._entered)}
@@ -241,11 +240,12 @@ class StagedSteps:
         return logits.flatten(1).sum(1), logits.new_zeros(len(logits))
 
     def finish(self) -> dict[str, float]:
-        self._advance(self.count)
+        if self.count == self._planned:
+            self._advance(self.count)
         self.job.model.eval()
         for parameter in self.parameters:
             parameter.grad = None
-        return self._measured("after")
+        return {"tau_after": float(self.job.target(self.forward, 0).mean)}
 
     def settings(self, history: History) -> dict[str, Any]:
         return {
@@ -266,10 +266,12 @@ class StagedSteps:
         return {
             "optimizer": self._optimizer.state_dict(),
             "streams": self.job.ranks.objects(streams) if self.job.sharded else [streams],
+            "count": self.count,
             "kept": [{name: tensor.clone() for name, tensor in stage.state.items()} for stage in self.stages],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.count = state["count"]
         self._optimizer.load_state_dict(state["optimizer"])
         for name, at in state["streams"][self.job.ranks.rank if self.job.sharded else 0].items():
             self._streams[name].load_state_dict(at)

@@ -35,11 +35,14 @@ from nabla_tau.task import import_file
 ORIGINAL, RETRAINED = "original", "retrained again"
 SHADOWS = 16
 # "retrain" is what all are measured against, with the suite's own training; "retrained again" is its noise.
-ALL = (NABLA_TAU, "nabla-tau (paper)", *(name for name in METHODS if name != "retrain"))
+DEFAULT = "default"  # of `unlearn`
+ALL = (DEFAULT, NABLA_TAU, "nabla-tau (paper)", *(name for name in METHODS if name not in ("restart", "retrain")))
 
 
 def method_of(name: str) -> dict[str, str]:
     """What `unlearn` is given for a name of `ALL`. Raises ValueError for any other."""
+    if name == DEFAULT:
+        return {}
     if name == "nabla-tau (paper)":
         return {"recipe": "paper"}
     if name != NABLA_TAU and name not in METHODS:
@@ -168,7 +171,8 @@ class _Case:
             return Row(name, self.seed, {}, [f"failed: a loss became non-finite in step {error.step}"])
         found = answers(result.model, self.parts)
         measures = compared(found, retrained) | {"seconds": result.seconds, "share": result.seconds / training}
-        said = remarks(found, self.answers[ORIGINAL], retrained)
+        attempt = result.settings.get("attempt")
+        said = [*([attempt["reason"]] if attempt else []), *remarks(found, self.answers[ORIGINAL], retrained)]
         if self._shadow_count:
             try:
                 measures["ulira"] = self.shadows.auc(lambda model, seed: self._unlearn(name, model, seed).model)
