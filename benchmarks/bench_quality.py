@@ -14,7 +14,7 @@ from record import Record
 from nabla_tau.suites import SUITES
 from nabla_tau.suites.data import DataNotFoundError
 from nabla_tau.suites.measures import MEASURES
-from nabla_tau.suites.runs import SHADOWS, compare_methods, quick
+from nabla_tau.suites.runs import DEFAULT, SHADOWS, compare_methods, quick
 from nabla_tau.suites.scenarios import Scenario
 from nabla_tau.suites.table import ComparisonTable
 
@@ -39,7 +39,7 @@ def records_of(table: ComparisonTable) -> Iterator[Record]:
     for summary in table.summaries():
         common = {
             "bench": "quality",
-            "provider": "nabla_tau" if summary.method == "nabla-tau" else summary.method,
+            "provider": "nabla_tau" if summary.method == DEFAULT else summary.method,
             "device": str(table.settings["device"]),
             "dtype": "float32",
             "threads": int(table.settings["threads"]),

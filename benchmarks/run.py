@@ -39,6 +39,7 @@ BENCHES = {  # module and function, imported when asked for: each needs other pa
     "scaling": ("bench_step", "scaling"),
     "unlearn": ("bench_unlearn", "run"),
     "quality": ("bench_quality", "run"),
+    "defaults": ("bench_defaults", "run"),
     "demo": ("bench_demo", "run"),
     "examples": ("bench_demo", "run_examples"),
 }
