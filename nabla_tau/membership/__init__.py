@@ -40,6 +40,7 @@ from nabla_tau.membership.text import (
     zlib_ratio,
 )
 from nabla_tau.membership.thresholds import ClassThresholds, class_thresholds, yeom
+from nabla_tau.membership.tofu import choice_probability, model_utility, rouge_l_recall, truth_ratio, truth_score
 from nabla_tau.membership.verdict import Finding, Verdict, judge
 
 __all__ = [
@@ -72,6 +73,7 @@ __all__ = [
     "attack_r",
     "balanced_membership",
     "bootstrap_auc",
+    "choice_probability",
     "choose_comparison",
     "class_thresholds",
     "delong_test",
@@ -87,12 +89,14 @@ __all__ = [
     "logit_margin",
     "min_k",
     "min_k_pp",
+    "model_utility",
     "neurips_forgetting",
     "privleak",
     "quantile_attack",
     "reference_difference",
     "rmia",
     "roc",
+    "rouge_l_recall",
     "sample_scores",
     "simple_mia",
     "song_mittal",
@@ -102,6 +106,8 @@ __all__ = [
     "train_ensemble",
     "train_shadow_ensemble",
     "train_shadow_models",
+    "truth_ratio",
+    "truth_score",
     "ulira",
     "yeom",
     "zlib_ratio",
