@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,7 @@ def test_only_what_follows_the_prompt_has_a_label(side):
 def unlearned(model: nn.Module, **settings) -> list[torch.Tensor]:
     sets = {"forget": text(12, 3), "retain": text(24, 4), "held_out": text(16, 5)}
     recipe = {} if "method" in settings else {"recipe": "paper"}
-    result = nabla_tau.unlearn(model, **sets, **settings, **recipe, inplace=True)
+    result = nabla_tau.unlearn(model, **{**sets, **settings, **recipe}, inplace=True)
     return [p.detach() for p in result.model.parameters()]
 
 
@@ -171,3 +172,64 @@ def test_reference_losses_are_computed_once(tmp_path):
         model.lm_head.weight[PROMPT, 0] += 1
     with pytest.raises(ValueError, match="another model$"):
         causal_lm.reference_losses(model, DataLoader(Rows(data), batch_size=4), cache=cache)
+
+
+def test_reference_losses_go_on_where_a_call_was_cut_off(tmp_path, monkeypatch):
+    model, data = gpt2(), text(9, 8)
+    cache = tmp_path / "reference"
+    wanted = causal_lm.reference_losses(model, data, batch_size=9)
+    monkeypatch.setattr(causal_lm, "WRITE_EVERY", 0)
+    seen: list[int] = []
+
+    def note(module: nn.Module, args: tuple, output: object) -> None:
+        seen.append(len(output.last_hidden_state))
+        if sum(seen) == 1 + 1 + 4 + 4:  # `fused` looks at two tokens, with and without the head
+            raise KeyboardInterrupt
+
+    hook = model.base_model.register_forward_hook(note)
+    with pytest.raises(KeyboardInterrupt):
+        causal_lm.reference_losses(model, data, cache=cache, batch_size=4)
+    assert len(list(tmp_path.iterdir())) == 1, "a whole file or none"
+    with pytest.raises(ValueError, match="holds the reference losses of 4 of 9 samples"):
+        unlearned(model, method=NPO(epochs=1, reference=cache), forget=data, forward=causal_lm.logits_forward)
+    hook.remove()
+    seen.clear()
+    hook = model.base_model.register_forward_hook(note)
+    # Of another size of batches, so that one of them is half known.
+    found = causal_lm.reference_losses(model, DataLoader(Rows(data), batch_size=3), cache=cache)
+    assert seen[2:] == [2, 3]
+    hook.remove()
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+
+
+def test_npo_reads_what_was_kept_of_the_model_as_it_was(tmp_path):
+    model, forget, cache = llama().double(), text(12, 3), tmp_path / "reference"
+    memorise(model, forget, steps=5)
+    causal_lm.reference_losses(model, DataLoader(Rows(forget), batch_size=5), cache=cache)
+    forward, loss = causal_lm.fused(model)
+    settings = {"forward": forward, "loss": loss}
+    method = NPO(epochs=2, learning_rate=1e-2, beta=1.0)
+    computed = unlearned(copy.deepcopy(model), method=method, **settings)
+    calls = []
+    model.base_model.register_forward_hook(lambda *_: calls.append(1))
+    counts = []
+    for reference in (None, cache):
+        calls.clear()
+        read = unlearned(copy.deepcopy(model), method=replace(method, reference=reference), **settings)
+        counts.append(len(calls))
+        assert all(torch.equal(a, b) for a, b in zip(read, computed, strict=True))
+    assert counts[0] > counts[1]
+
+    def refused(**changed: object) -> None:
+        unlearned(copy.deepcopy(model), **{"method": replace(method, reference=cache), **settings, **changed})
+
+    with pytest.raises(ValueError, match="another data$"):
+        refused(forget=text(12, 4))
+    with pytest.raises(ValueError, match="a DataLoader"):
+        refused(forget=DataLoader(Rows(forget), batch_size=5))
+    with torch.no_grad():
+        model.lm_head.weight[PROMPT, 0] += 1
+    with pytest.raises(ValueError, match="another model$"):
+        refused()
+    with pytest.raises(FileNotFoundError):
+        refused(method=replace(method, reference=tmp_path / "absent"))

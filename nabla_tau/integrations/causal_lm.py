@@ -15,7 +15,8 @@ Nothing here imports transformers: what is asked of a model is `get_output_embed
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nabla_tau import fingerprint
-from nabla_tau.batch import Batch, Forward, split_targets, tensors_of
-from nabla_tau.checkpoint import check_writable, load_checkpoint, save_checkpoint
+from nabla_tau.batch import Batch, Forward, rows_between, sample_count, split_targets
+from nabla_tau.checkpoint import check_writable
 from nabla_tau.distributed import unwrapped
 from nabla_tau.evaluation import device_of, evaluation_mode, forward_batches
 from nabla_tau.kernels.reference import IGNORE_INDEX
 from nabla_tau.linear import linear_row_losses
+from nabla_tau.reference import ReferenceFile
 from nabla_tau.sources import as_source
 
 # What makes a model give the hidden vectors of its last layer, and the logits of one position only.
 HIDDEN_STATES = {"output_hidden_states": True, "logits_to_keep": 1}
+WRITE_EVERY = 60.0  # seconds between two writings of reference losses
 
 
 def next_tokens(labels: Tensor) -> Tensor:
@@ -150,32 +152,42 @@ def _transformer(model: nn.Module) -> Any:
 
 
 def reference_losses(model: nn.Module, data: Any, *, cache: str | Path | None = None, batch_size: int = 16) -> Tensor:
-    """-log p of each sequence by the model, [N] float64 on the CPU: the sum over its tokens, which `row_objectives.npo`
-    compares with. In eval mode, through the fused head.
+    """-log p of each sequence by the model, [N] float64 on the CPU: the sum over its tokens, which NPO compares with
+    (`nabla_tau.methods.npo.NPO(reference=cache)`, `row_objectives.npo`). In eval mode, through the fused head.
 
     data: as for `nabla_tau.unlearn`, in its order. cache: a file that they are kept in, with fingerprints of the
-    weights and of the data, and read from where it exists.
+    weights and of the data, and read from where it exists. It is written every minute, so that a call that was cut off
+    goes on where it was.
 
     Raises what `fused` raises, ValueError for a cache of another model or other data, or one that is damaged, and
     OSError where it cannot be read or written.
     """
     forward, _ = fused(model)
     source = as_source(data, "data")
-    path = None if cache is None else Path(cache)
-    identity = {}
-    if path is not None:
-        batches = (fingerprint.of_tensors(tensors_of(batch)) for batch in source.read(batch_size))
-        identity = {"model": fingerprint.of_model(model), "data": fingerprint.of_texts(batches)}
-        if path.exists():
-            kept = load_checkpoint(path, torch.device("cpu"))
-            different = [name for name, mine in identity.items() if kept.get(name) != mine]
-            if different:
-                raise ValueError(f"{path} holds the reference losses of another {' and other '.join(different)}")
-            found: Tensor = kept["losses"]
-            return found
-        check_writable(path)
-    every = forward_batches(unwrapped(model), source.read(batch_size), forward)
-    losses = torch.cat([of_tokens.double().sum(1).cpu() for of_tokens, _ in every])
-    if path is not None:
-        save_checkpoint(path, {**identity, "losses": losses})
+    losses = torch.empty(0, dtype=torch.float64)
+    file = None if cache is None else ReferenceFile(Path(cache), model, source)
+    if file is not None:
+        if file.path.exists():
+            losses = file.read()
+            if len(losses) == source.count:
+                return losses
+        check_writable(file.path)
+    written = time.monotonic()
+    unknown = _rows_from(len(losses), source.read(batch_size))
+    for of_tokens, _ in forward_batches(unwrapped(model), unknown, forward):
+        losses = torch.cat([losses, of_tokens.double().sum(1).cpu()])
+        if file is not None and time.monotonic() - written > WRITE_EVERY:
+            file.write(losses)
+            written = time.monotonic()
+    if file is not None:
+        file.write(losses)
     return losses
+
+
+def _rows_from(first: int, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """What follows the first samples."""
+    for batch in batches:
+        count = sample_count(batch)
+        if first < count:
+            yield rows_between(batch, slice(first, None))
+        first = max(0, first - count)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import Tensor, nn
 
 from nabla_tau.batch import Batch
+from nabla_tau.distributed import unwrapped
 from nabla_tau.methods.grad_diff import Beside
 from nabla_tau.methods.setup import Setup
 from nabla_tau.methods.stages import Drawn, Stage, Term
 from nabla_tau.methods.tokens import losses_of, sample_sums, token_losses
+from nabla_tau.reference import ReferenceFile
 from nabla_tau.row_objectives import npo_values, sim_npo_values
 
 
@@ -22,17 +26,34 @@ class NPO(Beside):
 
     -log pi is the sum of the losses of a sample's tokens, mean_r that over tokens; in any task but sequences both are
     of the samples' losses. The original model's log pi are computed once, one number a sample, where no DataLoader
-    decides what a batch holds. The sum of a long sample has soon grown by 1/beta, where the ascent fades, and that of a
-    short one late; SimNPO is about that."""
+    decides what a batch holds; or read from `reference`, a file that `causal_lm.reference_losses` has written for this
+    model and these samples, and that serves any number of runs. The sum of a long sample has soon grown by 1/beta,
+    where the ascent fades, and that of a short one late; SimNPO is about that."""
 
     beta: float = 0.1
+    reference: str | Path | None = field(default=None, repr=False)
     name: str = "npo"
 
-    def stages(self, setup: Setup) -> list[Stage]:
-        def surprise(logits: Tensor, targets: Tensor) -> Tensor:
-            return sample_sums(*losses_of(setup, logits, targets))
+    def _original(self, setup: Setup) -> Callable[[Batch, Tensor | None], Tensor]:
+        """-log pi of the original model for a batch of forget samples and their numbers."""
+        if self.reference is None:
+            return setup.outputs("forget", lambda logits, targets: sample_sums(*losses_of(setup, logits, targets)))
+        why = "the file knows samples by their number"
+        setup.refuse("npo with a file of reference losses", loader=why, sharded_data=why)
+        source = setup.source("forget")
+        kept = ReferenceFile(Path(self.reference), unwrapped(setup.model), source).read()
+        if len(kept) != source.count:
+            raise ValueError(f"{self.reference} holds the reference losses of {len(kept)} of {source.count} samples")
+        setup.say(teacher="outputs read from a file")
 
-        original = setup.outputs("forget", surprise)
+        def read(batch: Batch, numbers: Tensor | None) -> Tensor:
+            assert numbers is not None
+            return kept[numbers.cpu()].to(setup.device)
+
+        return read
+
+    def stages(self, setup: Setup) -> list[Stage]:
+        original = self._original(setup)
 
         def forget_term(forget: Drawn) -> Term:
             def values(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
