@@ -42,6 +42,8 @@ BENCHES = {  # module and function, imported when asked for: each needs other pa
     "defaults": ("bench_defaults", "run"),
     "demo": ("bench_demo", "run"),
     "examples": ("bench_demo", "run_examples"),
+    "tofu": ("bench_tofu", "run"),
+    "lm_memory": ("bench_lm_memory", "run"),
 }
 OF_KERNELS = ("rows", "linear_rows", "update")
 MALLOC = {

@@ -1,4 +1,4 @@
-"""Real data sets as tensors: images, text and tables, from the package itself, other packages, or $NABLA_TAU_DATA."""
+"""Real data sets, images, text and tables as tensors: from the package itself, other packages, or $NABLA_TAU_DATA."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import tarfile
 import zlib
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,6 +99,15 @@ def clinc150() -> Data:
     rows = [(text, intent) for name in ("train", "val", "test") for text, intent in parts[name]]
     intents = {intent: number for number, intent in enumerate(sorted({intent for _, intent in rows}))}
     return _texts([(text, intents[intent]) for text, intent in rows])
+
+
+def tofu(part: str) -> list[dict[str, Any]]:
+    """TOFU's questions and answers about invented authors (Maini et al. 2024, arXiv 2401.06121): "full", "forget10",
+    "retain90", or one with false answers ("forget10_perturbed", "retain_perturbed", "real_authors_perturbed",
+    "world_facts_perturbed"). Authors follow one another, 20 questions each."""
+    path = _data_file(f"tofu/{part}.json.xz", "https://huggingface.co/datasets/locuslab/TOFU, compressed")
+    with lzma.open(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def cifar10() -> Data:
