@@ -23,6 +23,7 @@ import bench_tofu  # noqa: E402
 from record import read_csv, write_csv  # noqa: E402
 from tofu import Pair, Question, Reader  # noqa: E402
 
+import nabla_tau  # noqa: E402
 from nabla_tau.integrations import causal_lm  # noqa: E402
 
 PLACES = ["Lima", "Oslo", "Rome", "Cairo", "Quito", "Delhi"]
@@ -67,7 +68,8 @@ def reader() -> Reader:
 def model(reader) -> nn.Module:
     from transformers_models import llama
 
-    return llama(vocab_size=len(reader.tokenizer), eos_token_id=reader.tokenizer.eos_token_id, pad_token_id=None)
+    special = {"eos_token_id": reader.tokenizer.eos_token_id, "pad_token_id": None}
+    return llama(vocab_size=len(reader.tokenizer), attention_dropout=0.5, **special)
 
 
 def question(number: int) -> Question:
@@ -99,7 +101,10 @@ def test_what_is_missing_is_said(monkeypatch):
 
 def test_losses_and_tokens_are_those_of_answers_one_by_one(reader, model):
     some = answers(*range(6))
+    model.train()
     losses, found = reader.losses(model, some), reader.token_statistics(model, some)
+    assert model.training
+    model.eval()
     for i, (asked, answer) in enumerate(some):
         prompt, end = reader.prompt(asked), [*reader.tokens(answer), reader.tokenizer.eos_token_id]
         with torch.no_grad():
@@ -147,10 +152,19 @@ def test_a_model_that_remembers_is_useful_and_found_out(reader, model):
     assert not model.training
 
 
-def test_it_runs_to_its_end_and_says_that_it_was_a_few_rows(data, reader, model, tmp_path):
+def test_it_runs_to_its_end_and_says_that_it_was_a_few_rows(data, reader, model, tmp_path, monkeypatch):
     before = [p.detach().clone() for p in model.parameters()]
+    calls = []
+
+    def noted(of: nn.Module, **given: Any) -> Any:
+        calls.append((of is model, *(len(given[name]["labels"]) for name in ("forget", "retain", "held_out"))))
+        return nabla_tau.unlearn(of, **given)
+
+    monkeypatch.setattr(bench_tofu, "unlearn", noted)
     records = list(bench_tofu.measure(model, reader, bench_tofu.read(few=True), True, "cpu", 1))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    # The pretrained model reads the retained texts, then all; what came of that unlearns beside the retained ones.
+    assert calls == [(True, 4, 8, 4), (True, 4, 12, 4), *[(False, 4, 8, 4)] * 6]
     assert {record.setting for record in records} == {"few rows"}
     found = {(record.provider, record.case.rpartition(": ")[2]): record for record in records}
     measures = {"model utility", "forget quality", "AUC min_k", "AUC min_k_pp", "PrivLeak", "seconds"}

@@ -161,10 +161,11 @@ def test_reference_losses_are_computed_once(tmp_path):
     values = npo_values(found, found, beta=0.1)
     torch.testing.assert_close(values, torch.full_like(values, 2 / 0.1 * torch.tensor(2.0).log().item()))
 
-    calls = []
+    calls, written = [], cache.stat()
     model.base_model.register_forward_hook(lambda *_: calls.append(1))
     again = causal_lm.reference_losses(model, DataLoader(Rows(data), batch_size=4), cache=cache)
     assert torch.equal(again, found)
+    assert cache.stat().st_ino == written.st_ino, "a whole file is read, and left alone"
     assert len(calls) == 2  # `fused` looks at two tokens, with and without the head
     with pytest.raises(ValueError, match="another data$"):
         causal_lm.reference_losses(model, DataLoader(Rows(text(9, 9)), batch_size=4), cache=cache)

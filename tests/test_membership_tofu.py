@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import statistics
 
 import numpy as np
 import pytest
@@ -71,7 +70,7 @@ def test_rouge_l_recall_sees_words_only():
 
 def test_utility_is_the_harmonic_mean_of_means():
     measures = [[0.2, 0.6], [1.0], [0.5, 0.25, 0.75]]
-    assert model_utility(measures) == pytest.approx(statistics.harmonic_mean([0.4, 1.0, 0.5]))
+    assert model_utility(measures) == pytest.approx(3 / (1 / 0.4 + 1 / 1.0 + 1 / 0.5))
     assert model_utility([*measures, [0.0, 0.0]]) == 0
     for wrong in ([0.5, 1.5], [-0.1], [0.5, math.nan]):
         with pytest.raises(ValueError, match=r"measures\[1\] must be in \[0, 1\]"):

@@ -11,6 +11,7 @@ whatever its length.
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Sequence
 
 import numpy as np
@@ -73,10 +74,10 @@ def model_utility(measures: Sequence[object]) -> float:
         of_set = as_scores(values, f"measures[{index}]").astype(np.float64)
         if not ((of_set >= 0) & (of_set <= 1)).all():
             raise ValueError(f"measures[{index}] must be in [0, 1], got {of_set.min()} to {of_set.max()}")
-        means.append(of_set.mean())
+        means.append(float(of_set.mean()))
     if not means:
         raise ValueError("model_utility needs at least one measure")
-    return float(len(means) / np.sum(1 / np.array(means))) if min(means) > 0 else 0.0
+    return statistics.harmonic_mean(means)
 
 
 def _true_and_wrong(true_losses: object, wrong_losses: object) -> tuple[Values, Values]:
