@@ -126,7 +126,7 @@ def run(device: str, threads: int, quick: bool) -> Iterator[Record]:
     except ImportError:
         raise SystemExit("lm_memory: transformers is not installed: pip install transformers accelerate") from None
     for name, config, vocabulary in QUICK_SIZES if quick else SIZES:
-        model = make_model(config, vocabulary, "meta")
+        model = make_model(config, vocabulary, "cpu")
         gradients = sum(p.numel() for p in model.parameters()) * 4 / 1e6
         for length in LENGTHS[:1] if quick else LENGTHS:
             found = {}
