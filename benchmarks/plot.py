@@ -5,7 +5,8 @@ line goes from the ratio at p80 to that at p20 of the provider's own times. Pane
 cases were run, all with one axis, and peak memory. What was skipped is left out.
 
 unlearn_*.csv becomes time_to_forget_*.png: what `bench_unlearn` found at each look, over seconds. quality_*.csv becomes
-comparison_*.png, one a case: forgetting against utility.
+comparison_*.png, one a case: forgetting against utility. course_*.csv becomes course_*.png and losses_*.png, and
+gates.png needs none (`plot_course`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
+from plot_course import plot_course, plot_gates, plot_losses
 from record import read_csv, read_head
 
 from nabla_tau.suites.picture import draw as draw_points
@@ -253,6 +255,10 @@ def main(arguments: list[str]) -> None:
         plot_time_to_forget(path, docs / f"{path.stem.replace('unlearn', 'time_to_forget')}.png")
     for path in sorted(results.glob("quality_*.csv")):
         plot_comparisons(path, docs)
+    for path in sorted(results.glob("course_*.csv")):
+        plot_course(path, docs / f"{path.stem}.png")
+        plot_losses(path, docs / f"{path.stem.replace('course', 'losses')}.png")
+    plot_gates(docs / "gates.png")
 
 
 if __name__ == "__main__":

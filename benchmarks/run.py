@@ -38,6 +38,7 @@ BENCHES = {  # module and function, imported when asked for: each needs other pa
     "step": ("bench_step", "run"),
     "scaling": ("bench_step", "scaling"),
     "unlearn": ("bench_unlearn", "run"),
+    "course": ("bench_course", "run"),
     "quality": ("bench_quality", "run"),
     "defaults": ("bench_defaults", "run"),
     "demo": ("bench_demo", "run"),
