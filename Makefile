@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt MANIFEST.in README.md \
 	$(shell find csrc kernels nabla_tau -type f -not -name '*.so' -not -name '*.pyc')
 
-.PHONY: demo test lint bench sanitize clean
+.PHONY: demo test lint docs bench sanitize clean
 
 demo: $(VENV)/cli
 	$(BIN)/nabla-tau demo --out demo
@@ -20,6 +20,10 @@ lint: $(VENV)/dev
 	mkdir -p build/lint
 	cd build/lint && ../../$(BIN)/lint-imports --config ../../pyproject.toml
 	cd build/lint && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p nabla_tau
+
+# A site in build/site; a broken link is an error.
+docs: $(VENV)/dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 bench: $(VENV)/dev
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -q benchmarks --benchmark-only --benchmark-max-time=0.3 \

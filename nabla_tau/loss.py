@@ -152,7 +152,7 @@ def nabla_tau_terms(
 class NablaTauLoss(nn.Module):
     """`nabla_tau_loss` as a module: tau (and the held-out quantiles) and alpha are buffers, set by the loop.
 
-    criterion = NablaTauLoss(tau=2.3, alpha=.25); loss = criterion(logits, targets, forget_mask)
+        criterion = NablaTauLoss(tau=2.3, alpha=.25); loss = criterion(logits, targets, forget_mask)
 
     `set_tau` takes a number or the 1-D tensor of held-out losses; class_weights [C] are a buffer too. Arguments and
     errors as in `nabla_tau_loss`.
@@ -189,12 +189,14 @@ class NablaTauLoss(nn.Module):
         self.set_alpha(alpha)
 
     def set_tau(self, tau: float | Tensor) -> None:
+        """Mean held-out loss, or the 1-D tensor of held-out losses."""
         target = as_target(tau, self.gate, like=self.tau)
         self.tau.copy_(target.mean)
         if target.quantiles is not None:
             self.quantiles.copy_(target.quantiles)
 
     def set_alpha(self, alpha: float) -> None:
+        """Weight of the ascent; ValueError outside [0, 1]."""
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be in [0, 1], got {alpha}")
         self.alpha.fill_(alpha)

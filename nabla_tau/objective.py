@@ -93,11 +93,11 @@ def objective(
     """The objective of a mixed batch. losses [B], forget_mask [B] bool (True: forget), target as above; counts [B]
     bool leaves out the samples that are False (`functional.has_loss`).
 
-    gate="batch"      relu(tau - mean_f)^p, the paper's
-    gate="two_sided"  |tau - mean_f|^p, what the authors' text notebook computes: it also pulls down a loss above tau
-    gate="sample"     mean over forget samples of relu(tau - l_i)^p
-    gate="quantile"   mean over forget samples of relu(q_i - l_i)^p with q_i the held-out loss of the sample's rank,
-                      so that the whole distribution of losses, not only its mean, becomes that of unseen data
+        gate="batch"      relu(tau - mean_f)^p, the paper's
+        gate="two_sided"  |tau - mean_f|^p, what the authors' text notebook computes: also pulls down a loss above tau
+        gate="sample"     mean over forget samples of relu(tau - l_i)^p
+        gate="quantile"   mean over forget samples of relu(q_i - l_i)^p with q_i the held-out loss of the sample's rank,
+                          so that the whole distribution of losses, not only its mean, becomes that of unseen data
 
     with p = `power` (the paper's is 2). `gate_open` is 1 or 0 for "batch", always 1 for "two_sided", and the fraction
     of forget samples still below their target for the others. Without forget samples the forget term is 0.

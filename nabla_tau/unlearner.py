@@ -162,6 +162,7 @@ class Unlearner:
             self.set_tau(tau)
 
     def set_alpha(self, alpha: float) -> None:
+        """Weight of the ascent from the next step on; ValueError outside [0, 1]."""
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be in [0, 1], got {alpha}")
         self._alpha.fill_(alpha)
@@ -176,17 +177,21 @@ class Unlearner:
 
     @property
     def tau(self) -> Tensor:
+        """Mean held-out loss, 0-d on the model's device."""
         return self._tau
 
     @property
     def alpha(self) -> Tensor:
+        """0-d on the model's device."""
         return self._alpha
 
     @property
     def learning_rate(self) -> float:
+        """That of the optimizer's first group."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def set_learning_rate(self, learning_rate: float) -> None:
+        """Of all groups, from the next step on."""
         for group in self.optimizer.param_groups:
             set_learning_rate(group, learning_rate)
 
@@ -369,6 +374,7 @@ class Unlearner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
         load_state(self.optimizer, self._own_options, state["optimizer"])
         self._alpha.copy_(state["alpha"])
         self._tau.copy_(state["tau"])

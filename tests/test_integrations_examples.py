@@ -1,4 +1,4 @@
-"""The examples of the integrations as a newcomer runs them, and the adapters to trackers that the README shows."""
+"""The examples of the integrations as a newcomer runs them, and what the adapter to TensorBoard writes."""
 
 from __future__ import annotations
 
