@@ -90,8 +90,8 @@ def plot_losses(path: Path, out: Path) -> None:
     """A panel a model: how many samples of the forget and of the unseen set have a loss of at most x."""
     rows = read_csv(path)
     models = [name for name in TITLES if any(row["provider"] == name for row in rows)]
-    figure, panels = plt.subplots(1, len(models), figsize=(11, 3.4), layout="constrained", sharey=True)
-    for axes, model in zip(panels, models, strict=True):
+    figure, panels = plt.subplots(1, len(models), figsize=(11, 3.4), layout="constrained", sharey=True, squeeze=False)
+    for axes, model in zip(panels[0], models, strict=True):
         mine = [row for row in rows if row["provider"] == model]
         for name, colour in (("unseen", UNSEEN), ("forget", FORGET)):
             found = [row for row in mine if row["case"] == f"losses of the {name} set"]
@@ -101,8 +101,8 @@ def plot_losses(path: Path, out: Path) -> None:
         shown = " / ".join(f"{accuracy[name]:.1f}" for name in ("forget", "retain", "unseen"))
         axes.set(xscale="log", xlim=(1e-5, 20), xlabel=f"loss\naccuracy {shown} %")
         axes.set_title(TITLES[model], **TITLE)
-    panels[0].set_ylabel("share of samples below")
-    panels[0].legend(frameon=False, fontsize=8)
+    panels[0][0].set_ylabel("share of samples below")
+    panels[0][0].legend(frameon=False, fontsize=8)
     save(figure, out, path)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import symtable
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,19 +36,20 @@ class Block:
         return sorted(OPTIONAL & {part for module in modules for part in module.split(".")})
 
     @property
-    def read(self) -> set[str]:
-        return self._names(ast.Load)
+    def bound(self) -> set[str]:
+        """Names that it gives to the blocks after it."""
+        top = symtable.symtable(self.code, "block", "exec")
+        return {symbol.get_name() for symbol in top.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
 
     @property
-    def bound(self) -> set[str]:
-        nodes = list(ast.walk(ast.parse(self.code)))
-        imported = {alias.asname or alias.name for node in nodes if isinstance(node, ast.alias) for alias in [node]}
-        defined = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-        return self._names(ast.Store) | imported | defined
-
-    def _names(self, context: type) -> set[str]:
-        nodes = ast.walk(ast.parse(self.code))
-        return {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, context)}
+    def read(self) -> set[str]:
+        """Names that it, or a function in it, takes from the blocks before it."""
+        found, tables = set(), [symtable.symtable(self.code, "block", "exec")]
+        for table in tables:
+            own = table.get_type() == "module"
+            found |= {s.get_name() for s in table.get_symbols() if s.is_referenced() and (own or s.is_global())}
+            tables += table.get_children()
+        return found - self.bound
 
 
 def blocks_of(page: Path, language: str = "python") -> list[Block]:

@@ -18,6 +18,7 @@ import torch
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import bench_course  # noqa: E402
 import bench_quality  # noqa: E402
 import bench_rows  # noqa: E402
 import bench_unlearn  # noqa: E402
@@ -328,3 +329,29 @@ def test_a_comparison_as_records_and_as_a_plot(tmp_path, monkeypatch):
     assert (list(points), mean, accuracy) == (["nabla-tau"], pytest.approx(0.03), pytest.approx(-0.01))
     assert deviation == pytest.approx(np.std([0.02, 0.04], ddof=1), rel=1e-3)
     assert (tmp_path / "comparison_digits_15_random.png").stat().st_size > 1000
+
+
+def test_the_course_of_a_run_and_the_losses_that_it_leaves(tmp_path):
+    steps = [float(step) for step in range(80)]
+    history = {"step": steps} | {name: [2 * step for step in steps] for name in bench_course.COURSE}
+    same = {"bench": "course", "provider": "nabla_tau", "device": "cpu", "dtype": "float32", "threads": 1}
+    course = [*bench_course.of_steps(history, 4.0, **same)]
+    forget = [record for record in course if record.case == "course: forget loss"]
+    assert len(forget) == bench_course.WINDOWS
+    assert (forget[0].p20, forget[0].p50, forget[0].p80) == pytest.approx((0.4, 1, 1.6)), "of steps 0 and 1"
+    assert [record.note for record in forget[:2]] == ["0.050 passes", "0.150 passes"]
+
+    model = torch.nn.Linear(3, 2)
+    parts = {name: (torch.randn(30, 3), torch.randint(2, (30,))) for name in ("forget", "retain", "unseen")}
+    left = [*bench_course.of_model(model, parts, **same)]
+    x, y = parts["forget"]
+    (accuracy,) = (record.p50 for record in left if record.case == "accuracy on the forget set")
+    assert accuracy == pytest.approx(float((model(x).argmax(1) == y).float().mean()))
+    quantiles = [record.p50 for record in left if record.case == "losses of the forget set"]
+    assert quantiles == sorted(quantiles)
+    assert len(quantiles) == bench_course.QUANTILES
+
+    write_csv([*course, *left], tmp_path / "course_cpu.csv", "cpu")
+    plot.main([str(tmp_path), str(tmp_path / "docs")])
+    for name in ("course_cpu.png", "losses_cpu.png", "gates.png"):
+        assert (tmp_path / "docs" / name).read_bytes().startswith(b"\x89PNG")
