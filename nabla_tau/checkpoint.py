@@ -143,9 +143,15 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
     if hashlib.sha256(payload).digest() != content[head : head + 32]:
         raise ValueError(f"checkpoint {path} is damaged: its {len(payload)} bytes do not match their SHA-256")
     try:
-        state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
+        state: Any = torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"checkpoint {path} holds more than tensors and is not loaded: that would run code") from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # its SHA-256 is right, so it was made so: by another program, or to do harm
+        raise ValueError(f"checkpoint {path} is damaged: {type(error).__name__} {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"checkpoint {path} holds a {type(state).__name__}, not a dict")
     return state
 
 

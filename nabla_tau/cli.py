@@ -1,34 +1,60 @@
 """The command line: `nabla-tau demo | unlearn | audit | compare | shadow | log | env`.
 
-Exit codes: 0 done, 2 bad input or a file that cannot be read or written (one line on standard error says what),
-3 a run that stopped on a non-finite loss.
-Set NABLA_TAU_DEBUG=1 for the traceback of an error. PyTorch is loaded only once a command runs.
+Exit codes are in `EXIT_CODES`; one line on standard error says what was wrong. PyTorch is loaded only once a command
+runs.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
+import io
 import os
 import sys
+import sysconfig
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser
 
 TASK_HELP = "a Python file or import path that defines model(), data() and, if needed, train(), forward(), loss()"
 
 KEY_HELP = "file of 16 secret bytes or more: fingerprints of data in the log and the card are keyed (HMAC)"
 
+EXIT_CODES = """exit codes:
+  0    done
+  1    the work failed: the task's own code or PyTorch raised an error, or memory ran out
+  2    wrong usage or input, or a file that cannot be read or written
+  3    a loss became non-finite; the last good weights are kept
+  130  interrupted
+One line on standard error says what was wrong; NABLA_TAU_DEBUG=1 shows the traceback."""
+
+
+class ConfigFile(ActionConfigFile):
+    """A YAML file of options; whatever is wrong with it is said with its name."""
+
+    def __call__(self, parser: Any, namespace: Any, value: Any, option: str | None = None) -> None:
+        try:
+            super().__call__(parser, namespace, value, option)
+        except Exception as error:
+            parser.error(f"--config {value}: {error}")
+
 
 def make_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="nabla-tau", description="Remove training data from a trained model, and show it.")
+    parser = ArgumentParser(
+        prog="nabla-tau",
+        description="Remove training data from a trained model, and show it.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=importlib.metadata.version("nabla_tau"))
     commands = parser.add_subcommands(dest="command")
 
     def command(name: str, text: str, parent: Any = commands) -> ArgumentParser:
         sub = ArgumentParser(description=text)
-        sub.add_argument("--config", action="config", help="YAML file with any of these options")
+        sub.add_argument("--config", action=ConfigFile, help="YAML file with any of these options")
         sub.add_argument("--json", type=Path | None, default=None, metavar="FILE", help="write the result here too")
         parent.add_subcommand(name, sub, help=text)
         return sub
@@ -131,28 +157,61 @@ def make_parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
-    # OpenMP threads that spin while they wait take each other's core on a busy machine: two were five times slower
-    # than one. OpenMP reads this when PyTorch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter must not end a command
+    try:
+        args = make_parser().parse_args(argv)
+        # OpenMP threads that spin while they wait take each other's core on a busy machine: two were five times slower
+        # than one. OpenMP reads this when PyTorch is loaded.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        code = _run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("nabla-tau: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Else Python would write to it once more when it exits, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("nabla-tau: standard output was closed", file=sys.stderr)
+        return 2
+
+
+def _run(args: Any) -> int:
     try:
         from nabla_tau.commands import COMMANDS
         from nabla_tau.result import NonFiniteLossError
     except ImportError as error:
-        return _fail(error, 2)
+        return _fail(error, str(error), 2)
     try:
         COMMANDS[args.command](args[args.command])
+    except BrokenPipeError:
+        raise
     except NonFiniteLossError as error:
-        return _fail(error, 3)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        return _fail(error, 2)
-    except KeyboardInterrupt:
-        return 130
+        return _fail(error, str(error), 3)
+    # A task that calls sys.exit() must not pass for a command that is done.
+    except (Exception, SystemExit) as error:
+        place = _place(error)
+        if not place and isinstance(error, (ValueError, TypeError, OSError, ImportError)):
+            return _fail(error, str(error), 2)
+        return _fail(error, f"{place}{type(error).__name__}: {error}", 1)
     return 0
 
 
-def _fail(error: Exception, code: int) -> int:
+def _place(error: BaseException) -> str:
+    """File and line of the code, neither this package's nor a library's, that raised an error; empty where none did."""
+    libraries = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+    for frame, line in reversed([*traceback.walk_tb(error.__traceback__)]):
+        file = frame.f_code.co_filename
+        if str(frame.f_globals.get("__name__")).partition(".")[0] == "nabla_tau":
+            return ""
+        if not file.startswith((*libraries, "<")):
+            return f"{file}, line {line}: "
+    return ""
+
+
+def _fail(error: BaseException, text: str, code: int) -> int:
     if os.environ.get("NABLA_TAU_DEBUG"):
         raise error
-    print(f"nabla-tau: {error}", file=sys.stderr)
+    print(f"nabla-tau: {text}", file=sys.stderr)
     return code

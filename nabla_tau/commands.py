@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 import tempfile
 import warnings
@@ -22,7 +21,7 @@ from nabla_tau.demo import run_demo
 from nabla_tau.log_commands import open_log, read_key, run_log
 from nabla_tau.loop import unlearn
 from nabla_tau.methods import METHODS
-from nabla_tau.outputs import check_json, check_outputs, write_json
+from nabla_tau.outputs import check_json, check_outputs, read_json, write_json
 from nabla_tau.performance import autocast_dtype
 from nabla_tau.provenance import versions
 from nabla_tau.recipes import RECIPES
@@ -45,10 +44,10 @@ def demo(args: Namespace) -> None:
 
 
 def _give_report(report: AuditReport, html: Path, json_file: Path | None) -> None:
-    report.save(html)
     report.save(html.with_suffix(".json"))
     if json_file is not None:
         report.save(json_file)
+    report.save(html)
     print(report.table())
     print(f"\nreport: {html}")
 
@@ -60,7 +59,7 @@ def run_unlearn(args: Namespace) -> None:
     check_outputs([args.out, _record_path(args.out), args.json], read)
     log = open_log(args.log, args.key)
     task = load_task(args.task)
-    model = task.model()
+    model = task.new_model()
     load_weights(model, args.weights)
     sets = task.require("forget", "retain", "held_out")
     try:
@@ -93,9 +92,11 @@ def run_unlearn(args: Namespace) -> None:
     write_json(record, _record_path(args.out))
     if args.json is not None:
         write_json(record, args.json)
+    # First the log, then words: a reader of standard output who has gone away must not cost the entry.
+    head = None if log is None else log.result(record)
     _print_result(result, args.out)
-    if log is not None:
-        print(f"log:     {args.log}, head {log.result(record)}")
+    if head is not None:
+        print(f"log:     {args.log}, head {head}")
 
 
 def _rescue(model: nn.Module, wanted: Path, what: str) -> None:
@@ -155,22 +156,23 @@ def run_audit(args: Namespace) -> None:
     read = [args.weights, args.original, *args.retrained, args.record, Path(args.task), args.log, args.key]
     check_outputs([args.out, args.out.with_suffix(".json"), args.json, args.card], read)
     log = open_log(args.log, args.key)
-    record = None if args.record is None else json.loads(args.record.read_text())
+    record = None if args.record is None else read_json(args.record)
     task = load_task(args.task)
     sets = task.require("forget", "unseen") | {"retain": task.data.get("retain")}
 
     def loaded(path: Path) -> nn.Module:
-        model = task.model()
+        model = task.new_model()
         load_weights(model, path)
         return model
 
-    retrained = [loaded(path) for path in args.retrained]
+    model, retrained = loaded(args.weights), [loaded(path) for path in args.retrained]
+    original = None if args.original is None else loaded(args.original)
     if args.retrain:
         retrained.append(_retrain(task))
     report = audit(
-        loaded(args.weights),
+        model,
         **sets,
-        original=None if args.original is None else loaded(args.original),
+        original=original,
         retrained=retrained or None,
         shadow=args.shadow,
         forward=task.forward,
@@ -179,18 +181,20 @@ def run_audit(args: Namespace) -> None:
         progress=True,
     )
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    _give_report(report, args.out, args.json)
     if args.card is not None:
         write_atomic(args.card, report.model_card(key=read_key(args.key)).encode())
+    head = None if log is None else log.audit(report)
+    _give_report(report, args.out, args.json)
+    if args.card is not None:
         print(f"card:   {args.card}")
-    if log is not None:
-        print(f"log:    {args.log}, head {log.audit(report)}")
+    if head is not None:
+        print(f"log:    {args.log}, head {head}")
 
 
 def _retrain(task: Task) -> nn.Module:
     if task.train is None:
         raise ValueError("--retrain needs train(model, data) in the task")
-    model = task.model()
+    model = task.new_model()
     trained = task.train(model, task.require("retain")["retain"])
     return trained if isinstance(trained, nn.Module) else model
 
@@ -248,6 +252,8 @@ def _captures() -> str:
 
 
 def env(args: Namespace) -> None:
+    check_json(args.json)
+    check_outputs([args.json], [])
     devices = ["cpu", *(f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count()))]
     cpp = ", ".join(str(dtype).removeprefix("torch.") for dtype in CPP_DTYPES)
     environment = {

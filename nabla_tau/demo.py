@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from nabla_tau.arguments import check_seed
 from nabla_tau.auditing import AuditReport, audit
 from nabla_tau.loop import unlearn
 from nabla_tau.membership.shadow import Indices, train_shadow_ensemble
@@ -100,6 +101,7 @@ def run_demo(
     by so many shadow models (0: without them)."""
     if shadows != 0 and shadows < MIN_SHADOWS:
         raise ValueError(f"shadow models must be 0 or at least {MIN_SHADOWS}, got {shadows}")
+    check_seed(seed)
     parts = split(seed, fraction, classes)
     seconds: dict[str, float] = {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nabla_tau.batch import Batch, Forward, default_forward, sample_count, to_device
+from nabla_tau.batch import Batch, Forward, default_forward, sample_count, tensors_of, to_device
 from nabla_tau.distributed import WHOLE, ProcessGroup, Ranks, Share, ranks_of, unwrapped
 from nabla_tau.functional import Task, has_loss, infer_task, sample_losses, sample_signals
 from nabla_tau.sources import as_source
@@ -85,8 +86,30 @@ def forward_batches(
     for batch in batches:
         # Not around the loop: between two batches the caller's own modes hold.
         with evaluation_mode(model), torch.no_grad():
-            output = (forward or default_forward)(model, to_device(batch, device))
+            output = _output(model, to_device(batch, device), forward or default_forward)
         yield output
+
+
+def _output(model: nn.Module, batch: Batch, forward: Forward) -> tuple[Tensor, Tensor]:
+    try:
+        output: Any = forward(model, batch)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except (RuntimeError, IndexError) as error:
+        if not _from_torch(error):
+            raise
+        shapes = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors_of(batch))
+        raise ValueError(f"the model cannot take a batch of {shapes}: {error}") from error
+    if not isinstance(output, (tuple, list)) or [isinstance(entry, Tensor) for entry in output] != [True, True]:
+        raise TypeError(f"forward must give two tensors, (logits, targets), got {type(output).__name__}")
+    logits, targets = output
+    return logits, targets
+
+
+def _from_torch(error: Exception) -> bool:
+    """Whether it is PyTorch that says no, and not code of the caller's own."""
+    frame = [*traceback.walk_tb(error.__traceback__)][-1][0]
+    return str(frame.f_globals.get("__name__")).partition(".")[0] == "torch"
 
 
 def over_samples(
@@ -126,6 +149,8 @@ def over_samples(
 def checked_losses(loss: SampleLoss | None, logits: Tensor, targets: Tensor) -> Tensor:
     """Per-sample losses [B], by the caller's function where there is one; ValueError for any other shape."""
     losses = (loss or sample_losses)(logits, targets)
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"the loss function must give a tensor of losses, [B], got {type(losses).__name__}")
     if losses.ndim != 1:
         raise ValueError(f"the loss function must give one loss a sample, [B], got shape {tuple(losses.shape)}")
     return losses

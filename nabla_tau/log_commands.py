@@ -10,12 +10,14 @@ from jsonargparse import Namespace
 from nabla_tau.checkpoint import check_writable
 from nabla_tau.deletion_log import DeletionLog
 from nabla_tau.digest import check_key, of_ids
-from nabla_tau.outputs import check_json, write_json
+from nabla_tau.outputs import check_json, check_outputs, write_json
 
 
 def run_log(args: Namespace) -> None:
     options = args[args.action]
     check_json(options.json)
+    # Here, because an entry that was appended cannot be taken back when the JSON cannot be written.
+    check_outputs([options.json], [options.get(name) for name in ("file", "ids", "key")])
     content = {"request": _request, "show": _show, "verify": _verify}[args.action](options)
     if options.json is not None:
         write_json(content, options.json)
@@ -45,7 +47,11 @@ def read_key(path: Path | None) -> bytes | None:
 
 def _request(options: Namespace) -> dict[str, Any]:
     log = DeletionLog(options.file, key=read_key(options.key))
-    ids = [line.strip() for line in options.ids.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = options.ids.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{options.ids} is no text in UTF-8: {error}") from error
+    ids = [line.strip() for line in lines if line.strip()]
     head = log.request(ids_fingerprint=of_ids(ids), count=len(ids), note=options.note)
     print(f"{len(ids)} identifiers\nhead: {head}")
     return {"count": len(ids), "head": head}

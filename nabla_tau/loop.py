@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nabla_tau import outcome
+from nabla_tau.arguments import check_seed, whole
 from nabla_tau.batch import Forward
 from nabla_tau.distributed import ProcessGroup, Ranks, can_be_copied, ranks_of, unwrapped
 from nabla_tau.evaluation import SampleLoss, device_of, evaluation_mode
@@ -102,10 +103,14 @@ def unlearn(
     OSError for a checkpoint that cannot be read or where none can be written, before anything is changed;
     NonFiniteLossError, with the last good weights, when a loss becomes nan or infinite.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     chosen = _chosen(method, recipe)
     first = _restart(model, initial, chosen)
-    if checkpoint_every is not None and checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every must be at least 1 step, got {checkpoint_every}")
+    check_seed(seed)
+    for steps, name in ((checkpoint_every, "checkpoint_every"), (micro_batch_size, "micro_batch_size")):
+        if steps is not None:
+            whole(steps, name, least=1)
     path = None if checkpoint is None else Path(checkpoint)
     ranks = ranks_of(model, process_group)
     if path is not None and not resume and not ranks.all(not path.exists()):

@@ -1,4 +1,4 @@
-"""What the commands write: checked before any work is done, and written whole."""
+"""What the commands write, checked before any work is done and written whole; and the JSON that they read."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from typing import Any
 
 from nabla_tau.checkpoint import check_writable, write_atomic
 from nabla_tau.weights import check_new
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises OSError, and ValueError, naming the file, for anything else."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON file: {error}") from error
 
 
 def write_json(content: Any, path: Path) -> None:

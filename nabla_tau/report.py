@@ -18,7 +18,7 @@ import numpy as np
 
 from nabla_tau.membership.audit_report import AuditReport
 from nabla_tau.membership.definitions import ATTACK_NAMES, GROUPS, LIMITS, Row, number, signed
-from nabla_tau.membership.facts import facts
+from nabla_tau.membership.facts import facts, part
 from nabla_tau.membership.measures import ModelAudit
 
 # Verdict code -> (title, title without a retrained model or None, tone).
@@ -49,7 +49,7 @@ def render_html(report: AuditReport) -> str:
     page: str = pages.get_template("report.html").render(
         report=report,
         facts=facts(report),
-        record={key: report.record.get(key) for key in ("settings", "counts", "versions")},
+        record={name: part(report.record, name) for name in ("settings", "counts", "versions")},
         title=title_by_chance or title if report.reference == "chance" else title,
         tone=tone,
         cards=_cards(report),
@@ -69,7 +69,7 @@ def render_html(report: AuditReport) -> str:
             if all(attack in model.roc for model in main.values())
         },
         histograms={name: _histogram_plot(pyplot, report, name, colours[name]) for name in main},
-        history=_history_plots(pyplot, report.record.get("history") or {}),
+        history=_history_plots(pyplot, part(report.record, "history")),
     )
     return page
 

@@ -3,7 +3,7 @@
 The folder holds `run`, a file as of `checkpoint.py` with all that is small, and beside it the weights and the
 optimizer's state as torch.distributed.checkpoint writes them, by name, so that any number of ranks can read them. `run`
 says which parts belong to it and their SHA-256; it is replaced last, as one: whatever happens, the folder holds the old
-checkpoint or the new. (PyTorch keeps the index of the parts as a pickle: take such a folder only from whom you trust.)
+checkpoint or the new. Neither is ever unpickled into code (`folder_reader`).
 """
 
 from __future__ import annotations
@@ -78,16 +78,16 @@ def load_parts(
 ) -> None:
     """Weights and optimizer state from a folder, into a model sharded in any way or not at all."""
     from torch.distributed.checkpoint import state_dict as by_name
-    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    # What no gradient ever reached has no state there, but may be asked for here.
-    planner = DefaultLoadPlanner(allow_partial_load=True)
+    from nabla_tau.folder_reader import Planner, Reader
+
     parts = _parts(model, optimizer)
     load(
         parts,
-        checkpoint_id=path / state["parts"]["folder"],
-        planner=planner,
+        storage_reader=Reader(path / state["parts"]["folder"]),
+        # What no gradient ever reached has no state there, but may be asked for here.
+        planner=Planner(allow_partial_load=True),
         process_group=ranks.host,
         no_dist=ranks.host is None,
     )

@@ -14,6 +14,7 @@ from jsonargparse import Namespace
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
+from nabla_tau.arguments import positive
 from nabla_tau.batch import concatenate
 from nabla_tau.checkpoint import sha256
 from nabla_tau.columns import rows_of
@@ -28,6 +29,7 @@ from nabla_tau.membership.shadow_samples import check_samples
 from nabla_tau.membership.shadow_store import ShadowScores
 from nabla_tau.outputs import check_json, check_outputs, write_json
 from nabla_tau.progress import progress_bar
+from nabla_tau.recipes import RECIPES
 from nabla_tau.sources import TensorSource, as_source
 from nabla_tau.task import Task, load_task
 from nabla_tau.weights import load_weights
@@ -50,6 +52,9 @@ def run_shadow(args: Namespace) -> None:
 def train(args: Namespace) -> None:
     check_json(args.json)
     check_outputs([args.json], [Path(args.task)])
+    if args.unlearn is not None and args.unlearn not in RECIPES:
+        raise ValueError(f"--unlearn must be one of {', '.join(RECIPES)}, got {args.unlearn!r}")
+    positive(args.learning_rate, "--learning_rate")
     training = TaskTraining.of(args.task, args.unlearn)
     task = training.task
     sets = task.require(*SCORED, "retain", *(["held_out"] if args.unlearn else []))
@@ -99,7 +104,7 @@ def score(args: Namespace) -> None:
     task = load_task(args.task)
     sets = task.require(*SCORED)
     check_samples(shadow, sets)
-    model = task.model()
+    model = task.new_model()
     load_weights(model, args.weights)
     signals = {}
     with progress_bar("score", len(sets), enabled=True) as update:
@@ -184,7 +189,7 @@ class TaskTraining:
         sets = list(task.require(*SCORED, "retain").values())
         scored = sum(as_source(of_set, name).count for name, of_set in zip(SCORED, sets, strict=False))
         retained = np.arange(scored, scored + as_source(sets[-1], "retain").count)
-        model = task.model()
+        model = task.new_model()
         assert task.train is not None
         trained = task.train(model, select(sets, np.concatenate((indices, retained))))
         return trained if isinstance(trained, nn.Module) else model

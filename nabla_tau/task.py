@@ -34,6 +34,13 @@ class Task:
     forward: Forward | None
     loss: SampleLoss | None
 
+    def new_model(self) -> nn.Module:
+        """A new model. Raises TypeError where model() gives something else, and what it raises."""
+        model: Any = self.model()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model() of the task must give a torch.nn.Module, got {type(model).__name__}")
+        return model
+
     def require(self, *names: str) -> dict[str, Any]:
         """The named data sets. Raises ValueError for one that data() does not give."""
         missing = [name for name in names if self.data.get(name) is None]
@@ -62,6 +69,8 @@ def import_file(where: str) -> ModuleType:
     """The module of a file ("task.py") or an import path. Raises FileNotFoundError, ImportError, and what it raises."""
     path = Path(where)
     if path.suffix != ".py":
+        if not all(part.isidentifier() for part in where.split(".")):
+            raise ValueError(f"a task is a .py file or an import path such as package.module, got {where!r}")
         return importlib.import_module(where)
     if not path.is_file():
         raise FileNotFoundError(f"no task file at {path}")

@@ -195,11 +195,22 @@ def check_counts(forgotten: int, unseen: int) -> None:
 
 def check_record(record: object) -> None:
     """TypeError for a record that is no mapping; its entries may be anything JSON-able but for those used here."""
-    if record is not None and not isinstance(record, Mapping):
+    if record is None:
+        return
+    if not isinstance(record, Mapping):
         raise TypeError(
             "record must be a mapping, as the JSON object that `nabla_tau unlearn` writes is, got "
             f"{type(record).__name__}"
         )
+    seconds = record.get("seconds")
+    if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, (int, float))):
+        raise TypeError(f"record: seconds must be a number, got {seconds!r}")
+    for name, kind in (("removed_classes", int), ("warnings", str)):
+        entries = record.get(name)
+        if entries is not None and not (
+            isinstance(entries, (list, tuple)) and all(isinstance(entry, kind) for entry in entries)
+        ):
+            raise TypeError(f"record: {name} must be a list of {kind.__name__}, got {entries!r}")
 
 
 def _roles(signals: Mapping[str, object], retrained: Sequence[str], original: str | None) -> dict[str, str]:

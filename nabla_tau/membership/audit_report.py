@@ -89,7 +89,8 @@ class AuditReport:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with temporary.open("w", encoding="utf-8") as stream:
+            # Half a surrogate pair, which JSON may hold, becomes the escape that JSON has for it.
+            with temporary.open("w", encoding="utf-8", errors="backslashreplace") as stream:
                 stream.write(text)
                 stream.flush()
                 os.fsync(stream.fileno())

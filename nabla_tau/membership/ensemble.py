@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
+from nabla_tau.arguments import check_seed, whole
 from nabla_tau.batch import Batch, Forward, default_forward, tensors_of, uses_batch_statistics
 from nabla_tau.columns import rows_of
 from nabla_tau.evaluation import SampleLoss, checked_losses
@@ -102,6 +103,9 @@ def train_ensemble(
         raise TypeError(f"membership must be bool, got {membership.dtype}")
     if membership.ndim != 2 or membership.shape[1] != source.count:
         raise ValueError(f"membership must be [K, {source.count}], got {list(membership.shape)}")
+    whole(epochs, "epochs", least=1)
+    whole(batch_size, "batch_size", least=1)
+    check_seed(seed)
     seeds = [derive_seed(seed, k) for k in range(len(membership))] if model_seeds is None else list(model_seeds)
     if len(seeds) != len(membership):
         raise ValueError(f"{len(seeds)} seeds for {len(membership)} models")
@@ -111,7 +115,10 @@ def train_ensemble(
         models = []
         for own_seed in seeds:
             state.seed(own_seed)
-            models.append(_WithForward(make_model().to(device), forward or default_forward).train())
+            model: Any = make_model()
+            if not isinstance(model, nn.Module):
+                raise TypeError(f"make_model must give a torch.nn.Module, got {type(model).__name__}")
+            models.append(_WithForward(model.to(device), forward or default_forward).train())
         state.seed(seed)
         if (name := uses_batch_statistics(models[0])) is not None:
             raise ValueError(f"{name.removeprefix('model.')} normalises with the statistics of its batch: {_INSTEAD}")

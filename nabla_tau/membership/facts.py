@@ -30,12 +30,12 @@ def facts(report: AuditReport) -> dict[str, list[Fact]]:
 
 
 def _asked(record: Mapping[str, Any]) -> Iterator[Fact]:
-    counts, digests = _part(record, "counts"), _part(record, "fingerprints")
+    counts, digests = part(record, "counts"), part(record, "fingerprints")
     if counts.get("forget") is not None:
         forget, retain = counts["forget"], counts.get("retain")
         whole = f" of {forget + retain:,} training" if isinstance(forget, int) and isinstance(retain, int) else ""
         yield Fact("to forget", f"{_count(forget)}{whole} samples", _digest(digests, "forget"))
-    if kind := _part(record, "settings").get("forget_kind"):
+    if kind := part(record, "settings").get("forget_kind"):
         removed = record.get("removed_classes")
         classes = ", ".join(map(str, removed)) if isinstance(removed, list) else ""
         yield Fact("which are", f"{kind}: {classes}" if classes else str(kind))
@@ -45,7 +45,7 @@ def _asked(record: Mapping[str, Any]) -> Iterator[Fact]:
 
 
 def _done(record: Mapping[str, Any]) -> Iterator[Fact]:
-    settings = _part(record, "settings")
+    settings = part(record, "settings")
     method, recipe = record.get("method"), record.get("recipe")
     named = [str(method)] * (method is not None) + [f"recipe {recipe}"] * (recipe not in (None, method))
     if named:
@@ -56,11 +56,11 @@ def _done(record: Mapping[str, Any]) -> Iterator[Fact]:
     took += [f"{_count(settings['steps'])} steps"] if "steps" in settings else []
     if took:
         yield Fact("took", ", ".join(took))
-    yield from _machine(_part(record, "hardware"), _part(record, "versions"))
+    yield from _machine(part(record, "hardware"), part(record, "versions"))
     if "seed" in settings:
         yield Fact("seed", str(settings["seed"]))
     for title, digest in (
-        ("weights before", _digest(_part(record, "fingerprints"), "model")),
+        ("weights before", _digest(part(record, "fingerprints"), "model")),
         ("weights after", _digest(record, "unlearned_fingerprint")),
     ):
         if digest:
@@ -103,7 +103,7 @@ def _machine(hardware: Mapping[str, Any], versions: Mapping[str, Any]) -> Iterat
         yield Fact("with", ", ".join(shown))
 
 
-def _part(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def part(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """A mapping in a record, empty for anything else: a record may be of another program."""
     value = record.get(name)
     return value if isinstance(value, Mapping) else {}

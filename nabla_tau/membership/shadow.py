@@ -41,6 +41,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import DataLoader
 
+from nabla_tau.arguments import check_seed, whole
 from nabla_tau.batch import Forward, concatenate
 from nabla_tau.evaluation import SampleLoss, evaluate
 from nabla_tau.membership.audit_report import json_able
@@ -95,6 +96,7 @@ def train_shadow_models(
     Raises ValueError for a folder of another run and for files that are damaged; TypeError for sets that are no
     tensors or Datasets. What `train` raises passes through; models that are finished stay.
     """
+    _check_jobs(n_jobs)
     job = _begin(folder, sets, models, unlearn, probability, seed, settings, forward, loss, dtype, batch_size, threads)
     missing = job.folder.missing()
     with progress_bar("shadow models", models, enabled=progress) as update:
@@ -137,6 +139,8 @@ def train_shadow_ensemble(
     make_model, epochs, optimizer, schedule: as there; train_batch_size is the number of samples, members or not, that
     a step takes. n_jobs and threads serve `unlearn` and the scoring. `settings` should name the optimizer.
     """
+    for number, argument in ((epochs, "epochs"), (train_batch_size, "train_batch_size"), (at_once, "at_once")):
+        whole(number, argument, least=1)
     data, fixed_samples = None, 0
     for name, of_set in [*sets.items(), *([("always", always)] if always is not None else [])]:
         source = as_source(of_set, name)
@@ -153,6 +157,7 @@ def train_shadow_ensemble(
         "batch_size": train_batch_size,
         "always_trained_on": fixed_samples,
     } | dict(settings or {})
+    _check_jobs(n_jobs)
     job = _begin(folder, sets, models, unlearn, probability, seed, settings, forward, loss, dtype, batch_size, threads)
     missing = job.folder.missing()
     members = unpack(job.packed, job.folder.plan.samples)
@@ -221,6 +226,9 @@ def _begin(
 ) -> _Job:
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    for number, argument in ((batch_size, "batch_size"), (threads, "threads")):
+        whole(number, argument, least=1)
+    check_seed(seed)
     if not sets:
         raise ValueError("sets is empty: there is nothing to train on")
     counts, fingerprints = {}, {}
@@ -242,6 +250,11 @@ def _begin(
     packed = balanced_membership(models, plan.samples, probability=probability, seed=seed)
     store = ShadowFolder(Path(folder).absolute(), plan, packed)
     return _Job(store, packed, sets, unlearn, forward, loss, batch_size, threads)
+
+
+def _check_jobs(n_jobs: int | None) -> None:
+    if n_jobs == 0:
+        raise ValueError("n_jobs must be a number of processes, or negative, counting from all cores; got 0")
 
 
 def _advance(update: Callable[[int, str], None], step: int) -> None:

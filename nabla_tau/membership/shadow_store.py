@@ -17,12 +17,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nabla_tau.arguments import whole
 from nabla_tau.checkpoint import load_checkpoint, save_checkpoint, sha256, write_atomic
 
 SCHEMA = "nabla_tau.shadow/1"
@@ -212,12 +213,29 @@ def read_index(folder: Path) -> tuple[ShadowPlan, dict[str, Any]]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         schema = index["schema"]
-        plan = ShadowPlan(**index["plan"]) if schema == SCHEMA else None
-    except (ValueError, TypeError, KeyError) as error:
+        plan = _plan(index) if schema == SCHEMA else None
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} is a damaged index of shadow models: {type(error).__name__} {error}") from error
     if plan is None:
         raise ValueError(f"{path} has schema {schema!r}; this version reads {SCHEMA!r}")
     return plan, index
+
+
+def _plan(index: Mapping[str, Any]) -> ShadowPlan:
+    """The plan that an index states. Raises TypeError, ValueError or KeyError for what cannot be one."""
+    plan = ShadowPlan(**index["plan"])
+    for name in ("sets", "fingerprints", "settings"):
+        if not isinstance(getattr(plan, name), dict):
+            raise TypeError(f"{name} is {getattr(plan, name)!r}")
+    for name, number in {"models": plan.models, **plan.sets}.items():
+        whole(number, name, least=1)
+    if plan.dtype not in DTYPES:
+        raise ValueError(f"dtype is {plan.dtype!r}")
+    if index.get("complete"):
+        float(index["seconds"])
+        if index["signal"] not in ("margin", "loss") or not isinstance(index["sha256"], dict):
+            raise ValueError("signal or sha256 are not those of shadow models")
+    return plan
 
 
 def _write_array(path: Path, array: NDArray[Any]) -> None:
@@ -231,19 +249,22 @@ def _write_array(path: Path, array: NDArray[Any]) -> None:
 
 
 def _mapped(path: Path, plan: ShadowPlan, index: Mapping[str, Any]) -> NDArray[Any]:
-    if not path.is_file() or sha256(path) != index["sha256"][path.name]:
+    if not path.is_file() or sha256(path) != index["sha256"].get(path.name):
         raise ValueError(f"{path} is absent or damaged: its SHA-256 is not the one in the index")
-    array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    return array
+    return _read_array(path, plan.dtype, (plan.models, plan.samples), mmap_mode="r")
 
 
 def _read_membership(folder: Path, plan: ShadowPlan) -> Packed:
-    path = folder / "membership.npy"
-    shape = plan.models, -(-plan.samples // 8)
+    return _read_array(folder / "membership.npy", "uint8", (plan.models, -(-plan.samples // 8)))
+
+
+def _read_array(path: Path, dtype: str, shape: tuple[int, int], mmap_mode: Literal["r"] | None = None) -> NDArray[Any]:
+    """ValueError for anything but such an array; objects, which are pickles, are not read."""
     try:
-        packed: Packed = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        array: NDArray[Any] = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+        found = f"{array.dtype} {list(array.shape)}"
+    except Exception as error:  # whatever the bytes of a damaged file lead to
         raise ValueError(f"{path} is absent or damaged: {error}") from error
-    if packed.dtype != np.uint8 or packed.shape != shape:
-        raise ValueError(f"{path} must hold uint8 {list(shape)}, holds {packed.dtype} {list(packed.shape)}")
-    return packed
+    if found != f"{dtype} {list(shape)}":
+        raise ValueError(f"{path} must hold {dtype} {list(shape)}, holds {found}")
+    return array

@@ -10,6 +10,8 @@ A suite of your own is five lines of Python, in a file that `nabla-tau compare -
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from nabla_tau.arguments import positive, whole
 from nabla_tau.progress import progress_bar
 from nabla_tau.suites import data as sets
 from nabla_tau.suites import models
@@ -30,7 +33,9 @@ class Suite:
     """data: () -> inputs [N, ...] and labels [N]. model: () -> a new model. shadow: () -> a smaller one without
     BatchNorm, of which an attack trains many at once; None to leave that attack out. train, held_out: samples for
     either, the others are unseen. epochs, batch_size, learning_rate: AdamW, whose learning rate falls to 0 over the
-    last fifth of the steps, until the data is memorised."""
+    last fifth of the steps, until the data is memorised.
+
+    Raises TypeError and ValueError for settings that make no sense."""
 
     name: str
     data: Callable[[], Data]
@@ -42,6 +47,20 @@ class Suite:
     batch_size: int = 128
     learning_rate: float = 1e-3
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not re.fullmatch(r"[\w.-]+", self.name):  # it names a folder
+            raise ValueError(f"the name of a suite must be of letters, digits, '.', '-' and '_', got {self.name!r}")
+        for name in ("data", "model", "shadow"):
+            if not callable(getattr(self, name)) and (name, self.shadow) != ("shadow", None):
+                raise TypeError(f"{name} of a suite must be a function, got {getattr(self, name)!r}")
+        for name in ("train", "held_out", "epochs", "batch_size"):
+            whole(getattr(self, name), f"{name} of a suite", least=1)
+        positive(self.learning_rate, "learning_rate of a suite")
+        try:
+            torch.device(self.device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"device of a suite: {error}") from error
 
 
 _mlp, _deep = partial(partial, models.mlp), partial(partial, models.mlp, layers=2)
@@ -77,7 +96,7 @@ def train(
     progress: bool = False,
 ) -> nn.Module:
     """A model trained until it has memorised its data: AdamW, no augmentation, the learning rate falling to 0 over
-    the last fifth of the steps. Raises what the model raises."""
+    the last fifth of the steps. Raises ValueError where the loss becomes non-finite, and what the model raises."""
     x, y = data
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -96,5 +115,10 @@ def train(
                 optimizer.step()
                 schedule.step()
                 total += loss.item() * len(index)
+            if not math.isfinite(total):
+                raise ValueError(
+                    f"{name}: the loss became non-finite in epoch {epoch + 1} of {epochs}: look for non-finite inputs, "
+                    f"or lower the learning rate of {learning_rate}"
+                )
             update(epoch + 1, f"loss {total / len(x):.4f}")
     return model.eval()

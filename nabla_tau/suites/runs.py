@@ -18,6 +18,7 @@ from torch import nn
 import nabla_tau
 from nabla_tau import fingerprint
 from nabla_tau.checkpoint import load_checkpoint, save_checkpoint, write_atomic
+from nabla_tau.evaluation import forward_batches
 from nabla_tau.loop import unlearn
 from nabla_tau.methods import METHODS, NABLA_TAU
 from nabla_tau.progress import progress_bar
@@ -90,8 +91,7 @@ def compare_methods(
         method_of(name)
     if shadows and shadows < SHADOWS:
         raise ValueError(f"U-LiRA needs at least {SHADOWS} shadow models, got {shadows}")
-    x, y = suite.data()
-    data = x.to(suite.device), y.to(suite.device)
+    data = _data(suite)
     store = _Store(cache or _default_cache(), _key(suite, scenario, data))
     rows: list[Row] = []
     names = (ORIGINAL, RETRAINED, *methods)
@@ -116,6 +116,32 @@ def compare_methods(
             "versions": versions(),
         },
     )
+
+
+def _data(suite: Suite) -> Data:
+    """The suite's data on its device. ValueError and TypeError for data that is none, or that its model cannot take."""
+    given = suite.data()
+    kinds = [type(column).__name__ for column in given] if isinstance(given, tuple) else type(given).__name__
+    if kinds != ["Tensor", "Tensor"]:
+        raise TypeError(f"data() of suite {suite.name} must give two tensors, inputs and labels, got {kinds}")
+    x, y = given
+    if x.ndim < 1 or y.shape != x.shape[:1] or y.dtype != torch.int64 or y.numel() == 0 or int(y.min()) < 0:
+        raise ValueError(
+            f"data() of suite {suite.name} must give inputs [N, ...] and int64 labels [N] from 0, got "
+            f"{list(x.shape)} {x.dtype} and {list(y.shape)} {y.dtype}"
+        )
+    if x.is_floating_point() and not x.isfinite().all():
+        raise ValueError(f"data() of suite {suite.name} gives inputs that are not finite")
+    model = suite.model()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model() of suite {suite.name} must give a torch.nn.Module, got {type(model).__name__}")
+    logits, _ = next(forward_batches(model, [(x[:2], y[:2])]))
+    if logits.ndim != 2 or logits.shape[1] <= int(y.max()):
+        raise ValueError(
+            f"the model of suite {suite.name} must give logits [N, C] of more than {int(y.max())} classes, got "
+            f"{list(logits.shape)}"
+        )
+    return x.to(suite.device), y.to(suite.device)
 
 
 class _Case:
@@ -205,8 +231,11 @@ class _Store:
         if path.is_file():
             state = load_checkpoint(path, torch.device(suite.device))
             model = suite.model().to(suite.device).eval()
-            model.load_state_dict(state["model"])
-            return model, state["seconds"]
+            try:
+                model.load_state_dict(state["model"])
+                return model, float(state["seconds"])
+            except (KeyError, TypeError, RuntimeError) as error:
+                raise ValueError(f"{path} is of another model: remove it, and it is made again ({error})") from error
         started = time.perf_counter()
         model = make()
         seconds = time.perf_counter() - started
@@ -217,7 +246,10 @@ class _Store:
         digest = hashlib.sha256(f"{what} {_code()}".encode()).hexdigest()[:24]
         path = self.folder / f"row-{digest}.json"
         if path.is_file():
-            return Row(**json.loads(path.read_text()))
+            try:
+                return Row(**json.loads(path.read_text()))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path} is damaged: remove it, and it is made again ({error})") from error
         row = make()
         write_atomic(path, json.dumps(dataclasses.asdict(row)).encode())
         return row

@@ -102,6 +102,10 @@ def split(
                 shift = torch.randint(1, classes, (len(index),), generator=generator).to(x.device)
                 y[index] = (y[index] + shift) % classes
 
+    count = int(chosen.sum())
+    if not 0 < count < train:
+        raise ValueError(f"{scenario} of {train} samples are {count}: there must be some to forget, and some to retain")
+
     def part(index: Tensor) -> Data:
         return x[index], y[index]
 

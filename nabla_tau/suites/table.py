@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nabla_tau.checkpoint import write_atomic
+from nabla_tau.membership.audit_report import json_able
 from nabla_tau.suites.measures import MEASURES, spread
 
 if TYPE_CHECKING:
@@ -108,7 +109,9 @@ class ComparisonTable:
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it; its schema is schemas/comparison.schema.json."""
         summaries = [dataclasses.asdict(summary) for summary in self.summaries()]
-        return {"schema": SCHEMA, **dataclasses.asdict(self), "summaries": summaries}
+        content = {"schema": SCHEMA, **dataclasses.asdict(self), "summaries": summaries}
+        found: dict[str, Any] = json_able(content, "the comparison")
+        return found
 
     def save(self, path: str | Path) -> Path:
         """Write .json, .csv (a line a row), .html, .png or .svg (the plot), whole or not at all. ValueError for
