@@ -1,4 +1,4 @@
-"""Numbers that a caller gives, checked where they come in: the error names the argument and its value."""
+"""What a caller gives, checked where it comes in: the error names the argument and its value."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ import operator
 from typing import Any
 
 LARGEST_SEED = 2**63 - 1  # what a torch.Generator takes
+
+
+def check_kind(value: Any, kind: type, name: str) -> None:
+    """TypeError for what is no object of the class."""
+    if not isinstance(value, kind):
+        home = kind.__module__.removesuffix(".modules.module")
+        raise TypeError(f"{name} must be a {home}.{kind.__name__}, got {type(value).__name__}")
 
 
 def whole(value: Any, name: str, *, least: int = 0, most: int | None = None) -> int:

@@ -20,9 +20,10 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from nabla_tau import fingerprint
+from nabla_tau.arguments import check_kind
 from nabla_tau.batch import Forward
 from nabla_tau.evaluation import SampleLoss, Signals, device_of, evaluate
-from nabla_tau.membership.assessment import SUBJECT, audit_signals, check_counts, check_record
+from nabla_tau.membership.assessment import SUBJECT, audit_signals, check_counts, check_record, check_statistics
 from nabla_tau.membership.audit_report import AuditReport
 from nabla_tau.membership.measures import ModelAudit
 from nabla_tau.membership.shadow_samples import check_samples
@@ -91,15 +92,19 @@ def audit(
     run_names = ["retrained"] if len(runs) == 1 else [f"retrained {i + 1}" for i in range(len(runs))]
     models: dict[str, Any] = {} if original is None else {"original": original}
     models |= dict(zip(run_names, runs, strict=True)) | {SUBJECT: model}
-    for name, other in (compare or {}).items():
+    compare = {} if compare is None else compare
+    check_kind(compare, Mapping, "compare")
+    for name, other in compare.items():
         if name in models or name == "retrained":
             raise ValueError(f"compare: the name {name!r} is already used in this audit")
         models[name] = other
     for name, entry in models.items():
-        if not isinstance(entry, nn.Module):
-            raise TypeError(f"{name} must be a torch.nn.Module, got {type(entry).__name__}")
+        check_kind(entry, nn.Module, name)
     data = {name: _in_order(of_set) for name, of_set in (("forget", forget), ("unseen", unseen), ("retain", retain))}
     check_record(record)
+    check_statistics(bootstrap, confidence, tolerance, random_state)
+    check_kind({} if seconds is None else seconds, Mapping, "seconds")
+    device = None if device is None else _device(device)
     if shadow is not None:
         shadow = shadow if isinstance(shadow, ShadowScores) else ShadowScores.load(shadow)
         check_samples(shadow, {name: data[name] for name in ("forget", "unseen")})
@@ -164,8 +169,19 @@ def _in_order(data: Any) -> Any:
     )
 
 
+def _device(device: torch.device | str) -> torch.device:
+    """ValueError for what is no device, and for "meta", from which no weights come back."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device {device!r} is none: {error}") from error
+    if found.type == "meta":
+        raise ValueError("device 'meta' holds no weights to evaluate")
+    return found
+
+
 @contextlib.contextmanager
-def _on_device(model: nn.Module, device: torch.device | str | None) -> Iterator[None]:
+def _on_device(model: nn.Module, device: torch.device | None) -> Iterator[None]:
     home = device_of(model)
     if device is not None:
         model.to(device)

@@ -38,6 +38,9 @@ class ConfigFile(ActionConfigFile):
     def __call__(self, parser: Any, namespace: Any, value: Any, option: str | None = None) -> None:
         try:
             super().__call__(parser, namespace, value, option)
+        except SystemExit:
+            print(f"nabla-tau: the options in {value} are not taken", file=sys.stderr)
+            raise
         except Exception as error:
             parser.error(f"--config {value}: {error}")
 

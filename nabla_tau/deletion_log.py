@@ -75,7 +75,7 @@ class DeletionLog:
     def result(self, result: UnlearnResult | Mapping[str, Any]) -> str:
         """A run of unlearning; its record (`result.to_dict()`, or with what the command line adds) serves too. "record"
         is `digest.of_json` of it."""
-        record = result if isinstance(result, Mapping) else result.to_dict()
+        record = result if isinstance(result, Mapping) else getattr(result, "to_dict", dict)()
         if record.get("schema") != "nabla_tau.record/1":
             raise ValueError(f"a result must be an UnlearnResult or its record, got schema {record.get('schema')!r}")
         try:
@@ -100,6 +100,8 @@ class DeletionLog:
 
     def audit(self, report: AuditReport) -> str:
         """An audit: its verdict and main figures. "report" is `digest.of_json` of its `to_dict()`."""
+        if not hasattr(report, "to_dict"):
+            raise TypeError(f"report must be an AuditReport, got {type(report).__name__}")
         whole = report.to_dict()
         subject = whole["models"]["unlearned"]
         models, sets = (report.fingerprints.get(kind, {}) for kind in ("models", "sets"))

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nabla_tau.arguments import check_kind
+
 ProcessGroup: TypeAlias = Any  # torch.distributed.ProcessGroup, which a build without it does not have
 Parallel: TypeAlias = Literal["alone", "plain", "ddp", "fsdp"]
 
@@ -224,6 +226,7 @@ def ranks_of(model: nn.Module, process_group: ProcessGroup | Literal["auto"] | N
 
     Raises ValueError where it is not said, and for models and groups that do not go together.
     """
+    check_kind(model, nn.Module, "model")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     running = dist.is_available() and dist.is_initialized()
     parallel: Parallel

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from nabla_tau.arguments import whole
 from nabla_tau.batch import Batch, Forward, default_forward, sample_count, tensors_of, to_device
 from nabla_tau.distributed import WHOLE, ProcessGroup, Ranks, Share, ranks_of, unwrapped
 from nabla_tau.functional import Task, has_loss, infer_task, sample_losses, sample_signals
@@ -197,6 +198,7 @@ def evaluate(
     that is the same on every rank of `process_group`: all must call this, with the same data, and all get the signals
     of all samples, in the order of one process.
     """
+    whole(batch_size, "batch_size", least=1)
     source = as_source(data, "data")
     ranks = ranks_of(model, process_group)
     tasks: list[Task] = []

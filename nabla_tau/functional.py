@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nabla_tau import _library
+from nabla_tau.arguments import check_kind
 from nabla_tau.kernels.reference import IGNORE_INDEX, RowSignals, compute_dtype
 
 Task: TypeAlias = Literal["classification", "sequence", "multilabel"]
@@ -91,6 +92,7 @@ def checked_options(logits: Tensor, label_smoothing: float, class_weights: Tenso
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     if class_weights is None:
         return None
+    check_kind(class_weights, Tensor, "class_weights")
     if class_weights.shape != logits.shape[-1:] or not class_weights.is_floating_point():
         raise ValueError(
             f"class_weights must be floating [{logits.shape[-1]}], one a class, "
@@ -107,6 +109,8 @@ def check_rows(logits: Tensor, targets: Tensor, ignore_index: int) -> None:
     The values of the targets are looked at only on the CPU: on a GPU that would make the host wait in every step
     (`unlearn` looks at them once, before the first step).
     """
+    check_kind(logits, Tensor, "logits")
+    check_kind(targets, Tensor, "targets")
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype} of shape {tuple(logits.shape)}")
     if targets.is_floating_point() or targets.dtype == torch.bool:
@@ -175,6 +179,8 @@ def infer_task(logits: Tensor, targets: Tensor) -> Task:
     logits [B, C] with integer targets [B]: classification. logits [B, T, V] with integer targets [B, T]: sequence.
     logits [B, C] with floating or bool targets [B, C]: multilabel. Anything else raises ValueError.
     """
+    check_kind(logits, Tensor, "logits")
+    check_kind(targets, Tensor, "targets")
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype} of shape {tuple(logits.shape)}")
     integer = not (targets.is_floating_point() or targets.dtype == torch.bool)

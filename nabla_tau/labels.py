@@ -46,7 +46,11 @@ def drawn_indices(loader: DataLoader[Any]) -> Sequence[int] | None:
 def fetch(dataset: Dataset[Any], indices: list[int], collate: Collate) -> Batch:
     """The batch of these samples, as a DataLoader makes it."""
     many = getattr(dataset, "__getitems__", None)
-    return collate(many(indices) if many else [dataset[index] for index in indices])
+    samples = many(indices) if many else [dataset[index] for index in indices]
+    try:
+        return collate(samples)
+    except RuntimeError as error:  # as default_collate raises for samples of different shapes
+        raise ValueError(f"samples {indices[:5]} of a data set cannot be put into one batch: {error}") from error
 
 
 def batch_labels(batch: Batch) -> Tensor | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nabla_tau import outcome
-from nabla_tau.arguments import check_seed, whole
+from nabla_tau.arguments import check_kind, check_seed, whole
 from nabla_tau.batch import Forward
 from nabla_tau.distributed import ProcessGroup, Ranks, can_be_copied, ranks_of, unwrapped
 from nabla_tau.evaluation import SampleLoss, device_of, evaluation_mode
@@ -103,8 +103,7 @@ def unlearn(
     OSError for a checkpoint that cannot be read or where none can be written, before anything is changed;
     NonFiniteLossError, with the last good weights, when a loss becomes nan or infinite.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_kind(model, nn.Module, "model")
     chosen = _chosen(method, recipe)
     first = _restart(model, initial, chosen)
     check_seed(seed)
@@ -234,6 +233,7 @@ def _chosen(method: str | Method | None, recipe: str | Recipe | None) -> Method 
         if recipe is not None and recipe not in RECIPES:
             raise ValueError(f"recipe must be one of {', '.join(RECIPES)} or a Recipe, got {recipe!r}")
         return RECIPES[recipe or "default"]
+    check_kind(recipe, Recipe, "recipe")
     return recipe
 
 

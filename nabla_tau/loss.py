@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nabla_tau._library import RowOptions
+from nabla_tau.arguments import check_kind
 from nabla_tau.functional import checked_options, differentiable_signals, has_loss, infer_task
 from nabla_tau.fused import fused_terms, serves
 from nabla_tau.kernels.reference import IGNORE_INDEX, RowSignals
@@ -25,6 +26,8 @@ def check_gate(gate: str, power: int) -> None:
 def check_mixed(targets: Tensor, forget_mask: Tensor, alpha: float | Tensor, gate: str, power: int) -> None:
     """Raise TypeError or ValueError unless the mask is bool [B], one entry a sample, and the settings are in range."""
     check_gate(gate, power)
+    check_kind(targets, Tensor, "targets")
+    check_kind(forget_mask, Tensor, "forget_mask")
     if forget_mask.dtype != torch.bool:
         raise TypeError(f"forget_mask must be bool, got {forget_mask.dtype} of shape {tuple(forget_mask.shape)}")
     if forget_mask.shape != targets.shape[:1]:

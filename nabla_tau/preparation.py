@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from nabla_tau import fingerprint
-from nabla_tau.batch import Forward, sample_count, split_targets, to_device
+from nabla_tau.batch import Forward, sample_count, split_targets, tensors_of, to_device
 from nabla_tau.classes import ForgetKindReport, forget_kind
 from nabla_tau.distributed import Ranks, unwrapped
 from nabla_tau.evaluation import SampleLoss, device_of, forward_batches
 from nabla_tau.functional import Task, check_labels, check_multilabel, infer_task
 from nabla_tau.placement import free_memory, place_of, placed
-from nabla_tau.sources import Source, as_source, count_shared, split_held_out
+from nabla_tau.sources import Source, TensorSource, as_source, count_shared, split_held_out
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ def prepare(
     else:
         sources["held_out"] = as_source(held_out, "held_out")
     targets = {name: None if loss else _targets(model, source, forward, ranks) for name, source in sources.items()}
+    _check_alike(model, sources, forward)
     task = None if loss else _check_targets(model, sources["forget"], targets, forward)
     warnings = []
     shared = count_shared(forget, retain)
@@ -151,3 +152,18 @@ def _check_targets(
     if task == "multilabel":
         check_multilabel(some)
     return task
+
+
+def _check_alike(model: nn.Module, sources: dict[str, Source], forward: Forward | None) -> None:
+    """ValueError for tensors that the model cannot take, in a set that is not of the forget set's shapes."""
+
+    def shapes(source: TensorSource) -> list[Any]:
+        return [(tensor.shape[1:], tensor.dtype) for tensor in tensors_of(source.tensors)]
+
+    forget = sources["forget"]
+    for name, source in sources.items():
+        if isinstance(source, TensorSource) and isinstance(forget, TensorSource) and shapes(source) != shapes(forget):
+            try:
+                next(forward_batches(unwrapped(model), source.read(2), forward))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}: {error}") from error

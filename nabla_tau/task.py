@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import nn
 
+from nabla_tau.arguments import check_kind
 from nabla_tau.batch import Forward
 from nabla_tau.evaluation import SampleLoss
 
@@ -36,9 +37,8 @@ class Task:
 
     def new_model(self) -> nn.Module:
         """A new model. Raises TypeError where model() gives something else, and what it raises."""
-        model: Any = self.model()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model() of the task must give a torch.nn.Module, got {type(model).__name__}")
+        model = self.model()
+        check_kind(model, nn.Module, "model() of the task")
         return model
 
     def require(self, *names: str) -> dict[str, Any]:

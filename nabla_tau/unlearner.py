@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nabla_tau.accumulation import Accumulation, add_terms, cut_in_step
+from nabla_tau.arguments import check_kind, whole
 from nabla_tau.batch import (
     Batch,
     Forward,
@@ -106,8 +107,8 @@ class Unlearner:
         performance: str = "auto",
     ) -> None:
         check_gate(gate, power)
-        if micro_batch_size is not None and micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size must be at least 1 sample, got {micro_batch_size}")
+        if micro_batch_size is not None:
+            whole(micro_batch_size, "micro_batch_size", least=1)
         if balance is not None and not balance > 0:
             raise ValueError(f"balance must be positive or None, got {balance}")
         if hold and gate != "quantile":
@@ -129,6 +130,7 @@ class Unlearner:
             micro_batch_size=micro_batch_size,
         )
         self.optimizer = optimizer or default_optimizer(self.parameters, learning_rate, capturable=refused is None)
+        check_kind(self.optimizer, torch.optim.Optimizer, "optimizer")
         known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         if not known & {id(p) for p in self.parameters}:
             raise ValueError("the optimizer holds no trainable parameter of this model")
@@ -385,7 +387,8 @@ class Unlearner:
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters with requires_grad; ValueError where there is none."""
+    """Parameters with requires_grad; ValueError where there is none, TypeError for what is no model."""
+    check_kind(model, nn.Module, "model")
     found = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not found:
         raise ValueError("the model has no trainable parameter (requires_grad is False everywhere)")

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from nabla_tau.arguments import check_kind
 from nabla_tau.certified.certificate import Certificate
 from nabla_tau.certified.learner import CertifiedLinear
 
@@ -52,6 +53,8 @@ class LastLayer:
     """
 
     def __init__(self, model: nn.Module, learner: CertifiedLinear, *, layer: str | None = None) -> None:
+        check_kind(model, nn.Module, "model")
+        check_kind(learner, CertifiedLinear, "learner")
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         if not linears or (layer is not None and layer not in linears):
             raise ValueError(f"the last layer must be one of the model's nn.Linear, {linears}, got {layer!r}")

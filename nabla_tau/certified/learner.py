@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nabla_tau.arguments import check_kind
 from nabla_tau.certified import distributed
 from nabla_tau.certified.calibration import THEOREMS, Plan, check_request
 from nabla_tau.certified.certificate import Certificate, certify
@@ -55,6 +56,7 @@ class CertifiedLinear:
         path: Path | str | None = None,
         entropy: Entropy = secrets.token_bytes,
     ) -> None:
+        check_kind(problem, LinearProblem, "problem")
         request: dict[str, Any] = {"eps": eps, "delta": delta, "iterations": iterations}
         check_request(theorem, strong_convexity=problem.l2, xi=xi, beta=beta, **request)
         if theorem == 14:
@@ -105,7 +107,10 @@ class CertifiedLinear:
         where fewer than half of the first N rows would be left; OSError where the state cannot be written.
         """
         state, plan = self._fitted(), self.plan
-        removed = torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids), device=state.ids.device)
+        try:
+            removed = torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids), device=state.ids.device)
+        except RuntimeError as error:
+            raise TypeError(f"ids must be integers: {error}") from error
         if removed.numel() == 0:
             return
         if removed.dim() != 1 or removed.dtype != torch.int64:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nabla_tau.arguments import LARGEST_SEED, positive, whole
 from nabla_tau.classes import removed_classes
 from nabla_tau.evaluation import Signals
 from nabla_tau.membership.audit_report import AuditReport, json_able
@@ -63,8 +64,7 @@ def audit_signals(
     unknown = ({*retrained} | ({original} if original else set())) - signals.keys()
     if unknown or (len(retrained) > 1 and "retrained" in signals):
         raise ValueError(f"models with a role must be among the signals, as 'retrained' must not; got {[*signals]}")
-    if tolerance <= 0:
-        raise ValueError(f"tolerance must be positive, got {tolerance}")
+    check_statistics(bootstrap, confidence, tolerance, random_state)
     _check_same_samples(signals)
     check_record(record)
     record = _thin_history(json_able(record or {}, "record"))
@@ -191,6 +191,15 @@ def check_counts(forgotten: int, unseen: int) -> None:
             f"an audit needs at least {MIN_SAMPLES} forgotten and {MIN_SAMPLES} unseen samples to compare, got "
             f"{forgotten} and {unseen}"
         )
+
+
+def check_statistics(bootstrap: int, confidence: float, tolerance: float, random_state: int) -> None:
+    """TypeError and ValueError for settings that the statistics cannot have."""
+    whole(bootstrap, "bootstrap", least=100, most=1_000_000)
+    whole(random_state, "random_state", most=LARGEST_SEED)
+    positive(tolerance, "tolerance")
+    if not positive(confidence, "confidence") < 1:
+        raise ValueError(f"confidence must be in (0, 1), got {confidence}")
 
 
 def check_record(record: object) -> None:

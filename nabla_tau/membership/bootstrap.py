@@ -7,6 +7,7 @@ shown. It holds nothing about how much retraining with another seed would change
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from nabla_tau import _C
+from nabla_tau.arguments import check_kind, whole
 from nabla_tau.membership.curve import resolution
 from nabla_tau.membership.outcome import Outcome, axes_or_new, draw_estimates
 from nabla_tau.membership.scores import Array, as_same_scores, refuse_nan
@@ -126,7 +128,10 @@ def bootstrap_auc(
     the arguments, not on the number of threads. ValueError for NaN, for models that differ in names or sample counts,
     and for fewer than 100 replicates.
     """
-    if replicates < 100:
+    check_kind(members, Mapping, "members")
+    check_kind(nonmembers, Mapping, "nonmembers")
+    random_state = operator.index(random_state)
+    if whole(replicates, "replicates", most=1_000_000) < 100:
         raise ValueError(f"replicates must be at least 100 for percentiles to mean something, got {replicates}")
     if not members or members.keys() != nonmembers.keys():
         raise ValueError(f"members and nonmembers must name the same models, got {[*members]} and {[*nonmembers]}")

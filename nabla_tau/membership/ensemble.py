@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from nabla_tau.arguments import check_seed, whole
+from nabla_tau.arguments import check_kind, check_seed, whole
 from nabla_tau.batch import Batch, Forward, default_forward, tensors_of, uses_batch_statistics
 from nabla_tau.columns import rows_of
 from nabla_tau.evaluation import SampleLoss, checked_losses
@@ -99,6 +99,7 @@ def train_ensemble(
     source = as_source(data, "data")
     if not isinstance(source, TensorSource):
         raise TypeError(f"an ensemble is trained on tensors, got {type(data).__name__}; {_INSTEAD}")
+    check_kind(membership, np.ndarray, "membership")
     if membership.dtype != np.bool_:
         raise TypeError(f"membership must be bool, got {membership.dtype}")
     if membership.ndim != 2 or membership.shape[1] != source.count:
@@ -115,9 +116,8 @@ def train_ensemble(
         models = []
         for own_seed in seeds:
             state.seed(own_seed)
-            model: Any = make_model()
-            if not isinstance(model, nn.Module):
-                raise TypeError(f"make_model must give a torch.nn.Module, got {type(model).__name__}")
+            model = make_model()
+            check_kind(model, nn.Module, "what make_model gives")
             models.append(_WithForward(model.to(device), forward or default_forward).train())
         state.seed(seed)
         if (name := uses_batch_statistics(models[0])) is not None:

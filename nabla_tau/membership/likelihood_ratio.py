@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaln, log_ndtr, stdtr
 
+from nabla_tau.arguments import check_kind
 from nabla_tau.membership.attack_scores import AttackScores
 from nabla_tau.membership.cells import Array, as_cells, as_view, blocks
 from nabla_tau.membership.groups import Center, Doubles, GroupStats, two_group_stats
@@ -78,6 +79,7 @@ def lira(
     compat "plot.py": the statistic of the published script, of the opposite sign; see `plot_py_scores`.
     TypeError for a dtype that is not a float, ValueError for another shape or a combination without meaning.
     """
+    check_kind(stats, GroupStats, "stats")
     x = as_cells(target, "target", ("N", "N, A"))
     if x.shape != stats.shape:
         raise ValueError(f"target must have shape {list(stats.shape)}, like the statistics, got {list(x.shape)}")

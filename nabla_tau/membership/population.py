@@ -145,6 +145,8 @@ def quantile_attack(
     kept, fitted = np.split(order, [max(1, round(calibration * order.size))])
     if regressor is None:
         regressor = HistGradientBoostingRegressor(loss="quantile", quantile=0.5, random_state=random_state)
+    if not hasattr(regressor, "set_params"):
+        raise TypeError(f"regressor must be an estimator of scikit-learn, got {type(regressor).__name__}")
     models = [clone(regressor).set_params(quantile=level).fit(z[fitted], others[fitted]) for level in (0.25, 0.5, 0.75)]
     floor = max(1e-3 * _spread(*np.quantile(others[fitted], [0.25, 0.75])), float(np.finfo(np.float64).tiny))
 

@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import DataLoader
 
-from nabla_tau.arguments import check_seed, whole
+from nabla_tau.arguments import check_kind, check_seed, whole
 from nabla_tau.batch import Forward, concatenate
 from nabla_tau.evaluation import SampleLoss, evaluate
 from nabla_tau.membership.audit_report import json_able
@@ -229,6 +229,7 @@ def _begin(
     for number, argument in ((batch_size, "batch_size"), (threads, "threads")):
         whole(number, argument, least=1)
     check_seed(seed)
+    check_kind(sets, Mapping, "sets")
     if not sets:
         raise ValueError("sets is empty: there is nothing to train on")
     counts, fingerprints = {}, {}
@@ -276,8 +277,7 @@ def _train_and_store(job: _Job, model: int, train: Train) -> None:
     started = time.perf_counter()
     with _own_state(job, model):
         trained = train(job.indices(model), job.seed(model))
-    if not isinstance(trained, nn.Module):
-        raise TypeError(f"train must give a torch.nn.Module, got {type(trained).__name__}")
+    check_kind(trained, nn.Module, "what train gives")
     _finish_and_store(job, model, trained, time.perf_counter() - started)
 
 
@@ -285,7 +285,9 @@ def _finish_and_store(job: _Job, model: int, trained: nn.Module, seconds: float)
     with _own_state(job, model):
         rows = [_scores(job, trained)]
         if job.unlearn is not None:
-            rows.append(_scores(job, job.unlearn(trained, job.indices(model), job.seed(model))))
+            unlearned = job.unlearn(trained, job.indices(model), job.seed(model))
+            check_kind(unlearned, nn.Module, "what unlearn gives")
+            rows.append(_scores(job, unlearned))
     signal = rows[0][1]
     job.folder.write(model, np.stack([row for row, _ in rows]), signal=signal, seconds=seconds)
 

@@ -60,8 +60,11 @@ def token_statistics(logits: object, targets: object) -> TokenStatistics:
     for another shape and for a target out of range.
     """
     z = logits if isinstance(logits, torch.Tensor) else torch.from_numpy(as_matrix(logits, "logits", "[T, V]"))
-    y = torch.as_tensor(targets)
-    if not z.is_floating_point() or y.is_floating_point() or y.dtype == torch.bool:
+    try:
+        y = torch.as_tensor(targets)
+    except RuntimeError as error:
+        raise TypeError(f"targets must be integers: {error}") from error
+    if not z.is_floating_point() or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise TypeError(f"logits must be floating and targets integers, got {z.dtype} and {y.dtype}")
     if z.ndim != 2 or z.numel() == 0 or y.shape != z.shape[:1]:
         raise ValueError(f"logits must be [T, V] and targets [T], got {list(z.shape)} and {list(y.shape)}")

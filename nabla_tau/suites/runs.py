@@ -17,6 +17,7 @@ from torch import nn
 
 import nabla_tau
 from nabla_tau import fingerprint
+from nabla_tau.arguments import check_kind
 from nabla_tau.checkpoint import load_checkpoint, save_checkpoint, write_atomic
 from nabla_tau.evaluation import forward_batches
 from nabla_tau.loop import unlearn
@@ -133,8 +134,7 @@ def _data(suite: Suite) -> Data:
     if x.is_floating_point() and not x.isfinite().all():
         raise ValueError(f"data() of suite {suite.name} gives inputs that are not finite")
     model = suite.model()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model() of suite {suite.name} must give a torch.nn.Module, got {type(model).__name__}")
+    check_kind(model, nn.Module, f"model() of suite {suite.name}")
     logits, _ = next(forward_batches(model, [(x[:2], y[:2])]))
     if logits.ndim != 2 or logits.shape[1] <= int(y.max()):
         raise ValueError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nabla_tau.arguments import check_kind, check_seed, whole
 from nabla_tau.evaluation import forward_batches
 from nabla_tau.suites.data import Data
 
@@ -67,6 +68,10 @@ def split(
     samples of the highest loss by a model that saw neither: `reference` makes it from the held-out samples.
     Raises ValueError for more samples or classes than there are.
     """
+    check_kind(scenario, Scenario, "scenario")
+    check_seed(seed)
+    whole(train, "train", least=1)
+    whole(held_out, "held_out", least=1)
     x, y = data
     if train + held_out >= len(x):
         raise ValueError(f"{train} training and {held_out} held-out samples leave none unseen of {len(x)}")
