@@ -1,6 +1,5 @@
 #include "bindings.h"
 
-#include <omp.h>
 
 #include <type_traits>
 
@@ -259,7 +258,7 @@ zeros. `out` as for rows_backward.)");
     bind_threshold(m);
     bind_update(m);
 
-    m.def("openmp_max_threads", &omp_get_max_threads, "Threads that OpenMP would use if it were not told a number.");
+    m.def("openmp_max_threads", &nabla_tau::max_threads, "Threads that would be used if nobody told a number.");
     m.def("simd_level", &simd_level,
           "Instruction set the row kernels run on: 'x86-64-v4', 'x86-64-v3' or 'baseline' (SSE2, or NEON on Arm). "
           "The environment variable NABLA_TAU_SIMD lowers it.");

@@ -1,5 +1,5 @@
-// The one place where threads start. With NABLA_TAU_STD_THREADS they are std::thread, which ThreadSanitizer follows;
-// it does not follow libgomp.
+// The one place where threads start. With NABLA_TAU_STD_THREADS they are std::thread: ThreadSanitizer follows these, and
+// not libgomp; and on macOS a second OpenMP library beside PyTorch's would end the process.
 #pragma once
 
 #include <algorithm>
@@ -21,6 +21,15 @@ inline int team_size(int threads) {
     return threads;
 #else
     return std::min(threads, omp_get_num_procs());
+#endif
+}
+
+// Threads that would be used if nobody told a number.
+inline int max_threads() {
+#ifdef NABLA_TAU_STD_THREADS
+    return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+#else
+    return omp_get_max_threads();
 #endif
 }
 

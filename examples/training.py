@@ -13,11 +13,13 @@ from torch import Tensor, nn
 Data = tuple[Tensor, Tensor]
 
 
-def make_parser(description: str | None) -> argparse.ArgumentParser:
+def make_parser(description: str | None, *, share_of: str | None = "training rows") -> argparse.ArgumentParser:
+    """share_of: what --fraction is a share of; None leaves that option out."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--fraction", type=_share, default=0.15, help="share of the training rows to forget")
+    if share_of is not None:
+        parser.add_argument("--fraction", type=_share, default=0.15, help=f"share of the {share_of} to forget")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the training and the unlearning")
     parser.add_argument(
         "--recipe",

@@ -143,6 +143,7 @@ TOLD_OTHERWISE = {
     ("record", "list.json"),
     ("record", "number.json"),
     ("record", "odd.json"),
+    ("config", "unknown.yaml"),  # the option in it
 }
 FLAGS = {"help", "print_config", "resume", "retrain", "half_class", "quick", "ensemble", "repair"}
 
@@ -277,7 +278,7 @@ def test_errors_of_the_tasks_own_code(work, command, code):
 
 @pytest.mark.parametrize("forget", DATA_ERRORS)
 def test_data_that_does_not_fit(work, forget):
-    code = f"first = data\ndef data():\n    sets = first(); x, y = sets['forget']\n"
+    code = "first = data\ndef data():\n    sets = first(); x, y = sets['forget']\n"
     code += f"    return sets | {{'forget': ({forget})}}\n"
     (work / "task.py").write_text(TASK + code)
     assert DATA_ERRORS[forget] in refused("unlearn", *COMMANDS["unlearn"][0])

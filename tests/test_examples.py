@@ -61,6 +61,37 @@ def test_most_of_what_was_memorised_is_forgotten(tmp_path, name, rows):
     assert unlearned.test_accuracy > report.models["retrained"].test_accuracy - 0.05
 
 
+def test_a_class_is_removed_from_a_vision_model(tmp_path):
+    done = run(tmp_path, "vision.py", "--quick", "--json", "figures.json", "--label", "1", "--recipe", "default")
+    assert done.returncode == 0, done.stderr
+    report = AuditReport.load(tmp_path / "figures.json")
+    assert report.comparison["removed_classes"] == [1]
+    original, unlearned, retrained = (report.models[name] for name in ("original", "unlearned", "retrained"))
+    assert original.forget_accuracy > 0.9
+    assert unlearned.forget_accuracy == retrained.forget_accuracy == 0
+    assert unlearned.test_accuracy > retrained.test_accuracy - 0.05
+    taken_for = {line.split()[0]: line for line in done.stdout.split("taken for\n")[1].splitlines() if "%" in line}
+    assert taken_for.keys() == {"original", "retrained", "default"}
+    assert [("trousers" in line) for line in taken_for.values()] == [True, False, False]
+
+
+def test_a_language_model_forgets_authors(tmp_path):
+    options = ("--quick", "--json", "figures.json", "--recipe", "default")
+    done = run(tmp_path, "language_model.py", *options, data="")
+    assert done.returncode == 0, done.stderr
+    report = AuditReport.load(tmp_path / "figures.json")
+    original, unlearned, retrained = (report.models[name] for name in ("original", "unlearned", "retrained"))
+    assert original.forget_loss < 0.1 < retrained.forget_loss, "it had learned them by heart"
+    assert original.gap["auc_loss"] > 0.3
+    assert abs(unlearned.gap["auc_loss"]) < original.gap["auc_loss"]
+    assert unlearned.forget_loss > 10 * original.forget_loss
+    assert unlearned.retain_loss < 0.5 * unlearned.forget_loss
+    forgotten, retained = (part.splitlines() for part in done.stdout.split("text      ")[1:])
+    assert forgotten[0].strip() == forgotten[1].removeprefix("  original").strip()
+    assert forgotten[0].strip() != forgotten[3].removeprefix("  default").strip()
+    assert retained[0].strip() == retained[3].removeprefix("  default").strip()
+
+
 @needs_plotnine
 def test_the_recipe_asked_for_is_the_one_judged(tmp_path):
     report = audit_of(tmp_path, "tabular.py", "--recipe", "paper")
