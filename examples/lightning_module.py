@@ -1,10 +1,12 @@
 """Unlearning in Lightning's Trainer: pairs of a forget and a retained sample, and a callback that owns tau and alpha.
 
     pip install 'nabla_tau[lightning]'
-    python examples/lightning_module.py
+    python examples/lightning_module.py [--quick]
 
 The images are the upper halves of scikit-learn's digits, since whole ones hardly have to be remembered.
 """
+
+import sys
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -38,6 +40,7 @@ class Digits(LightningModule):
 
 
 def main() -> None:
+    epochs = 7 if "--quick" in sys.argv else 10
     torch.manual_seed(0)
     digits = load_digits()
     x, y = torch.tensor(digits.data[:, :32], dtype=torch.float32) / 16, torch.tensor(digits.target)
@@ -52,7 +55,7 @@ def main() -> None:
 
     model.unlearning = Unlearning(held_out=DataLoader(held_out, 256), alpha=0.5, alpha_end=1.0)
     pairs = DataLoader(Pairs(forget, retain), 64, shuffle=True, collate_fn=PairCollator())
-    Trainer(max_epochs=10, callbacks=[model.unlearning], **quiet).fit(model, pairs)
+    Trainer(max_epochs=epochs, callbacks=[model.unlearning], **quiet).fit(model, pairs)
     after, tau = evaluate(model, forget).loss.mean(), evaluate(model, held_out).loss.mean()
     print(f"mean forget loss: {before:.3f} before, {after:.3f} after, {tau:.3f} held out")
 

@@ -5,9 +5,12 @@
     nabla-tau audit --task examples/own_task.py --weights unlearned.safetensors --original trained.safetensors \\
         --retrain --out report.html
 
-The first line stands for your own training: it writes trained.safetensors. The images here are the upper halves of
-scikit-learn's digits, since whole ones are so easy that a model hardly has to remember any one of them.
+The first line stands for your own training: it writes trained.safetensors, with --quick after fewer epochs. The images
+here are the upper halves of scikit-learn's digits, since whole ones are so easy that a model hardly has to remember any
+one of them.
 """
+
+import sys
 
 import torch
 from safetensors.torch import save_file
@@ -35,11 +38,11 @@ def data() -> dict[str, tuple[Tensor, Tensor]]:
     return {name: (x[rows], y[rows]) for name, rows in parts.items()}
 
 
-def train(model: nn.Module, data: tuple[Tensor, Tensor]) -> None:
+def train(model: nn.Module, data: tuple[Tensor, Tensor], epochs: int = 150) -> None:
     """What `audit --retrain` calls with a new model and the retained data."""
     x, y = data
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(150):
+    for _ in range(epochs):
         for rows in torch.randperm(len(x)).split(64):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
@@ -51,6 +54,6 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     parts, trained = data(), model()
     x, y = (torch.cat(pair) for pair in zip(parts["forget"], parts["retain"], strict=True))
-    train(trained, (x, y))
+    train(trained, (x, y), epochs=60 if "--quick" in sys.argv else 150)
     save_file(trained.state_dict(), "trained.safetensors")
     print("weights: trained.safetensors")

@@ -1,4 +1,9 @@
-"""Unlearning in a training loop of your own, in plain PyTorch: `Unlearner.step` in place of backward and step."""
+"""Unlearning in a training loop of your own, in plain PyTorch: `Unlearner.step` in place of backward and step.
+
+python examples/plain_loop.py [--quick]
+"""
+
+import sys
 
 import torch
 from sklearn.datasets import load_digits
@@ -8,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from nabla_tau import Unlearner
 from nabla_tau.evaluation import evaluate
 
+epochs = 7 if "--quick" in sys.argv else 10
 torch.manual_seed(0)
 digits = load_digits()
 x, y = torch.tensor(digits.data[:, :32], dtype=torch.float32) / 16, torch.tensor(digits.target)
@@ -23,7 +29,7 @@ for _ in range(50):  # the training that came before
 
 unlearner = Unlearner(model.eval(), alpha=0.5, learning_rate=1e-3)
 to_forget = DataLoader(forget, 64, shuffle=True)
-for epoch in range(10):
+for epoch in range(epochs):
     unlearner.set_tau(torch.tensor(evaluate(model, held_out).loss))
     batches = iter(to_forget)
     for retain_batch in DataLoader(retain, 64, shuffle=True):

@@ -41,7 +41,9 @@ def settings(folder: str, **others: object) -> SFTConfig:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="unlearned", help="folder of the Trainers")
-    folder = parser.parse_args().out
+    parser.add_argument("--quick", action="store_true", help="fewer steps: to see that it runs")
+    args = parser.parse_args()
+    folder = args.out
     words = {word: index for index, word in enumerate(["<pad>", "<eos>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -57,7 +59,7 @@ def main() -> None:
 
     seen = [ids for name in ("forget", "retain") for ids in data[name]["input_ids"]]
     training = Dataset.from_dict({"input_ids": seen})
-    memorising = settings(folder, max_steps=150, learning_rate=5e-3)
+    memorising = settings(folder, max_steps=100 if args.quick else 150, learning_rate=5e-3)
     SFTTrainer(model, memorising, train_dataset=training, processing_class=tokenizer).train()
 
     unlearning = hf.Unlearning(
@@ -77,7 +79,7 @@ def main() -> None:
         model,
         settings(
             folder,
-            max_steps=60,
+            max_steps=40 if args.quick else 60,
             learning_rate=1e-3,
             gradient_accumulation_steps=2,
             dataset_kwargs={"skip_prepare_dataset": True},

@@ -76,21 +76,26 @@ def method_of_run(path: Path, ranks: Ranks) -> str:
 def load_parts(
     path: Path, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
 ) -> None:
-    """Weights and optimizer state from a folder, into a model sharded in any way or not at all."""
+    """Weights and optimizer state from a folder, into a model sharded in any way or not at all. ValueError for what is
+    damaged, or holds anything but tensors and plain values."""
+    from torch.distributed.checkpoint import CheckpointException
     from torch.distributed.checkpoint import state_dict as by_name
     from torch.distributed.checkpoint.state_dict_loader import load
 
     from nabla_tau.folder_reader import Planner, Reader
 
     parts = _parts(model, optimizer)
-    load(
-        parts,
-        storage_reader=Reader(path / state["parts"]["folder"]),
-        # What no gradient ever reached has no state there, but may be asked for here.
-        planner=Planner(allow_partial_load=True),
-        process_group=ranks.host,
-        no_dist=ranks.host is None,
-    )
+    try:
+        load(
+            parts,
+            storage_reader=Reader(path / state["parts"]["folder"]),
+            # What no gradient ever reached has no state there, but may be asked for here.
+            planner=Planner(allow_partial_load=True),
+            process_group=ranks.host,
+            no_dist=ranks.host is None,
+        )
+    except CheckpointException as error:  # no Exception, which whoever calls could catch
+        raise ValueError(f"checkpoint {path} is not read: {str(error).strip().splitlines()[-1]}") from error
     by_name.set_model_state_dict(unwrapped(model), parts["model"])
     by_name.set_optimizer_state_dict(unwrapped(model), optimizer, parts["optimizer"])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,12 @@ def run(folder: Path, name: str, *options: str, data: str | None = None) -> subp
     environment = os.environ | ({} if data is None else {"NABLA_TAU_DATA": data})
     command = [sys.executable, str(EXAMPLES / name), *options]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def finished(folder: Path, name: str, *options: str) -> str:
+    done = run(folder, name, *options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def audit_of(folder: Path, name: str, *options: str) -> AuditReport:
@@ -138,8 +145,7 @@ def test_certified_last_layer(tmp_path):
 
 
 def test_own_task_on_the_command_line(tmp_path, monkeypatch):
-    done = run(tmp_path, "own_task.py")
-    assert done.returncode == 0, done.stderr
+    finished(tmp_path, "own_task.py", "--quick")
     monkeypatch.chdir(tmp_path)
     task = ["--task", str(EXAMPLES / "own_task.py")]
     assert main(["unlearn", *task, "--weights", "trained.safetensors", "--out", "unlearned.safetensors"]) == 0
@@ -188,3 +194,28 @@ def test_two_processes(tmp_path, options):
 
 def test_one_process_is_told_how_to_start_two(tmp_path):
     assert "torchrun --nproc-per-node 2" in refused(run(tmp_path, "ddp.py"))
+
+
+def test_a_plain_loop_brings_the_forget_loss_towards_tau(tmp_path):
+    rows = re.findall(r"forget loss (\S+), tau (\S+), retain (\S+)", finished(tmp_path, "plain_loop.py", "--quick"))
+    forget, tau, retain = ([float(row[column]) for row in rows] for column in range(3))
+    assert sum(forget[-3:]) / 3 > 0.5 * tau[-1] > forget[0]
+    assert sum(retain[-3:]) / 3 < 0.5 * tau[-1]
+
+
+@pytest.mark.slow
+def test_an_adapter_is_unlearned_in_the_trainer_of_trl(tmp_path):
+    for package in ("trl", "peft", "datasets"):
+        pytest.importorskip(package)
+    finished(tmp_path, "sft_trainer.py", "--quick")
+    report = AuditReport.load(tmp_path / "unlearned" / "audit.json")
+    audited = report.models["unlearned"]
+    assert audited.forget_loss > 0.8 * audited.unseen_loss
+
+
+def test_lightning_unlearns(tmp_path):
+    pytest.importorskip("lightning")
+    said = re.search(r"(\S+) before, (\S+) after, (\S+) held out", finished(tmp_path, "lightning_module.py", "--quick"))
+    before, after, tau = said.groups()
+    assert float(before) < 0.5 * float(after)
+    assert float(after) > 0.5 * float(tau)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 import sysconfig
@@ -21,7 +22,9 @@ USE = (
 
 
 def run(*command: object, cwd: Path) -> str:
-    process = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True)
+    # PYTHONPATH would put other sources before what was installed.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    process = subprocess.run([str(c) for c in command], cwd=cwd, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout
 
@@ -89,7 +92,7 @@ def test_the_wheel_works_in_a_clean_environment(wheel, tmp_path):
     python = clean_environment(tmp_path)
     pip = (sys.executable, "-m", "pip", "--python", python)
     run(*pip, "install", "--no-deps", "--no-index", "--ignore-installed", wheel, cwd=tmp_path)
-    installed = run(python, "-P" if sys.version_info >= (3, 11) else "-I", "-c", USE, cwd=tmp_path).split()
+    installed = run(python, "-c", USE, cwd=tmp_path).split()
     assert [str(tmp_path / "venv") in path for path in installed] == [True] * 3
     (tmp_path / "wheel_smoke.py").write_bytes((ROOT / "tests" / "wheel_smoke.py").read_bytes())
     assert "forget loss" in run(python, "wheel_smoke.py", cwd=tmp_path)
@@ -112,8 +115,8 @@ def test_the_extension_does_not_hang_on_a_version_of_torch():
     ("system", "kinds"), [("linux", ["manylinux_x86_64", "manylinux_aarch64"]), ("macos", ["macosx_arm64"])]
 )
 def test_the_wheels_that_a_release_would_build(system, kinds):
-    arguments = ("-m", "cibuildwheel", "--platform", system, "--print-build-identifiers", ROOT)
-    found = run(sys.executable, *arguments, cwd=ROOT).split()
+    command = [sys.executable, "-m", "cibuildwheel", "--platform", system, "--print-build-identifiers", str(ROOT)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert sorted(found) == sorted(f"cp3{minor}-{kind}" for minor in (10, 11, 12, 13) for kind in kinds)
 
 
