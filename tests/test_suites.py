@@ -326,3 +326,36 @@ def test_names():
     small = quick(SUITES["digits"])
     assert (small.train, small.held_out) == (250, 75)
     assert len(digits()[0]) == 1797
+
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "\"'><img src=x onerror=alert(1)>",
+    "]]>--><svg onload=x>",
+    "&lt;b&gt;",
+    "$\\frac{ $",
+)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_no_text_of_a_strangers_becomes_markup(tmp_path, text):
+    from html.parser import HTMLParser
+
+    class Page(HTMLParser):
+        tags, shown = set(), ""
+
+        def handle_starttag(self, tag, attributes):
+            self.tags = self.tags | {tag, *(name for name, _ in attributes)}
+
+        def handle_data(self, data):
+            self.shown += data
+
+    row = Row(text, 0, dict.fromkeys(MEASURES, 0.1), [text])
+    settings = {"seeds": [0], "shadow_models": 0, text: text}
+    table = ComparisonTable(text, text, [row], {"forget": 1, "train": 2, text: 3}, settings)
+    page = Page()
+    page.feed(table.save(tmp_path / "c.html").read_text())
+    assert not page.tags & {"script", "img", "onload", "onerror"}
+    # Title, heading, the plot, the row and its remark, counts and settings.
+    assert page.shown.count(text) >= 8
+    assert text in json.dumps(table.to_dict(), ensure_ascii=False).replace('\\"', '"').replace("\\\\", "\\")

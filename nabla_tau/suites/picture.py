@@ -20,7 +20,15 @@ def draw(ax: Axes, points: Mapping[str, tuple[Spread, Spread]], title: str) -> A
         ax.errorbar(*at, xerr=x[1], yerr=100 * y[1], fmt=mark, color=colour, ms=4, lw=0.8, alpha=0.85)
         ax.annotate(str(number), at, xytext=(4, 3), textcoords="offset points", fontsize=7.5, color=colour)
         place = 1.02, 1 - (number - 0.5) / max(len(points), 24)
-        ax.text(*place, f"{number}  {name}", transform=ax.transAxes, fontsize=7.5, color=colour, va="center")
+        ax.text(
+            *place,
+            f"{number}  {name}",
+            transform=ax.transAxes,
+            fontsize=7.5,
+            color=colour,
+            va="center",
+            parse_math=False,
+        )
     ax.axvline(0, color=RULE, lw=0.8, zorder=0)
     ax.axhline(0, color=RULE, lw=0.8, zorder=0)
     # Near retrained linear, beyond it logarithmic: a model that collapsed must not hide how the others differ.
@@ -34,5 +42,5 @@ def draw(ax: Axes, points: Mapping[str, tuple[Spread, Spread]], title: str) -> A
         axis.set_major_formatter("{x:g}")
     ax.set_xlabel("attack AUC minus that of retrained (right: still remembered)")
     ax.set_ylabel("test accuracy minus that of retrained, points")
-    ax.set_title(title, fontsize=10)
+    ax.set_title(title, fontsize=10, parse_math=False)
     return ax

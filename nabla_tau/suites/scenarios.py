@@ -73,6 +73,8 @@ def split(
     whole(train, "train", least=1)
     whole(held_out, "held_out", least=1)
     x, y = data
+    if len(x) != len(y):
+        raise ValueError(f"there must be a label for each of {len(x)} samples, got {len(y)}")
     if train + held_out >= len(x):
         raise ValueError(f"{train} training and {held_out} held-out samples leave none unseen of {len(x)}")
     generator = torch.Generator().manual_seed(seed)
