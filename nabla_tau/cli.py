@@ -17,7 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import (
+    ActionConfigFile,  # type: ignore[attr-defined]
+    ArgumentParser,
+)
 
 TASK_HELP = "a Python file or import path that defines model(), data() and, if needed, train(), forward(), loss()"
 
@@ -37,7 +40,7 @@ class ConfigFile(ActionConfigFile):
 
     def __call__(self, parser: Any, namespace: Any, value: Any, option: str | None = None) -> None:
         try:
-            super().__call__(parser, namespace, value, option)
+            super().__call__(parser, namespace, value, option)  # type: ignore[no-untyped-call]
         except SystemExit:
             print(f"nabla-tau: the options in {value} are not taken", file=sys.stderr)
             raise

@@ -78,8 +78,8 @@ def load_parts(
 ) -> None:
     """Weights and optimizer state from a folder, into a model sharded in any way or not at all. ValueError for what is
     damaged, or holds anything but tensors and plain values."""
-    from torch.distributed.checkpoint import CheckpointException
     from torch.distributed.checkpoint import state_dict as by_name
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_loader import load
 
     from nabla_tau.folder_reader import Planner, Reader
