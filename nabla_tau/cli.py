@@ -17,10 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import (
-    ActionConfigFile,  # type: ignore[attr-defined]
-    ArgumentParser,
-)
+from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 
 TASK_HELP = "a Python file or import path that defines model(), data() and, if needed, train(), forward(), loss()"
 
