@@ -165,6 +165,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=folder, help="default: tofu in the folder $NABLA_TAU_DATA")
     parser.add_argument("--model", type=Path, metavar="DIR", help="of Hugging Face, trained from there")
     args = parser.parse_args()
+    if args.model is not None and not args.model.is_dir():
+        raise SystemExit(f"--model: no folder {args.model}")
     torch.set_num_threads(1)
     authors = invented(100) if args.data is None else tofu(find_file(args.data))
     random.Random(args.seed).shuffle(authors)
