@@ -342,7 +342,7 @@ def test_another_run_does_not_go_on_in_the_folder(options, text):
         ({"dtype": "float64"}, ValueError, "float16, float32, got float64"),
         ({"sets": {}}, ValueError, "sets is empty"),
         ({"sets": {"forget": DataLoader(TensorDataset(*blobs(9)))}}, TypeError, "not a DataLoader"),
-        ({"train": lambda indices, seed: None}, TypeError, "train must give a torch.nn.Module, got NoneType"),
+        ({"train": lambda indices, seed: None}, TypeError, "what train gives must be a torch.nn.Module, got NoneType"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(options, error, text):
