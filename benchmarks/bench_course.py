@@ -25,7 +25,7 @@ from nabla_tau.result import UnlearnResult
 
 WINDOWS, QUANTILES = 40, 50
 COURSE = ("forget_loss", "retain_loss", "tau")
-RECIPES = {"nabla_tau": "default", "nabla_tau, paper": "paper"}
+RECIPES = {"nabla_tau": "ascent", "nabla_tau, paper": "paper"}
 
 
 def of_steps(history: dict[str, list[float]], passes: float, **same: Any) -> Iterator[Record]:

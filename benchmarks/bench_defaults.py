@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from bench_quality import OTHERS, SHARES, records_of
 from record import Record
 
+from nabla_tau.loop import DEFAULT
 from nabla_tau.suites import SUITES
 from nabla_tau.suites.data import DataNotFoundError
-from nabla_tau.suites.runs import DEFAULT, SHADOWS, compare_methods, quick
+from nabla_tau.suites.runs import SHADOWS, compare_methods, quick
 
 METHODS = (DEFAULT, "nabla-tau", "nabla-tau (paper)", "finetune")
 SLOW = ("fashion_mnist", "clinc150_transformer")

@@ -3,7 +3,7 @@
 Four forget and four retained sequences, one step of SGD, which keeps nothing, in float32. Providers: "Trainer", the
 Trainer of Hugging Face transformers with the model's own loss on the eight sequences; "PyTorch", the objective in plain
 PyTorch, a forward of each and cross-entropies of their logits; "nabla_tau", `Unlearner.step` through the fused head;
-"nabla_tau, balanced", which keeps the gradients of the two parts apart, as the default recipe does.
+"nabla_tau, balanced", which keeps the gradients of the two parts apart, as the recipes "ascent" and "gentle" do.
 
 On the CPU it is what the process takes at its highest beyond what it held before the step (case.process_peak_mb, Linux
 only), which is all there is, scratch of libraries too; each in a process of its own, after a step to warm up. On a GPU

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 
 from record import Record
 
+from nabla_tau.loop import DEFAULT
 from nabla_tau.suites import SUITES
 from nabla_tau.suites.data import DataNotFoundError
 from nabla_tau.suites.measures import MEASURES
-from nabla_tau.suites.runs import DEFAULT, SHADOWS, compare_methods, quick
+from nabla_tau.suites.runs import SHADOWS, compare_methods, quick
 from nabla_tau.suites.scenarios import Scenario
 from nabla_tau.suites.table import ComparisonTable
 

@@ -54,7 +54,7 @@ from nabla_tau.membership.text import privleak_bootstrap
 from nabla_tau.methods.finetune import Finetune
 from nabla_tau.methods.grad_diff import GradDiff
 from nabla_tau.methods.npo import NPO, SimNPO
-from nabla_tau.recipes import DEFAULT, PAPER
+from nabla_tau.recipes import ASCENT, PAPER
 
 MODEL, WEIGHTS = "SmolLM2-135M", "SmolLM2-135M-Instruct.Q4_1.gguf"
 RETRAIN, FINETUNED = "retrain", "finetuned"
@@ -95,7 +95,7 @@ def read(few: bool) -> Texts:
 
 def ways(few: bool) -> dict[str, dict[str, Any]]:
     """Arguments of `unlearn`."""
-    default = dataclasses.replace(DEFAULT, retain_passes=0.1, min_steps=2) if few else DEFAULT
+    default = dataclasses.replace(ASCENT, retain_passes=0.1, min_steps=2) if few else ASCENT
     kept = dataclasses.replace(default, name="weights kept", shrink=1.0, noise=0.0, learning_rate=LEARNING_RATE)
     beside = {"epochs": 1 if few else 5, "learning_rate": LEARNING_RATE}
     return {

@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nabla_tau import demo, unlearn
 from nabla_tau.membership import roc
-from nabla_tau.recipes import DEFAULT, PAPER, Plan, Recipe, make_plan
+from nabla_tau.recipes import ASCENT, PAPER, Plan, Recipe, make_plan
 from nabla_tau.suites.data import diamonds
 
 LOOKS = 12
@@ -211,7 +211,7 @@ def measure(work: Workload, original: nn.Module, parts: Parts, seed: int) -> dic
     ways: dict[str, tuple[Recipe, Callable[[nn.Module], None]]] = {
         "as published": (PAPER, lambda model: published(model, parts)),
         "nabla_tau, paper": (PAPER, lambda model: unlearn_quietly(model, parts, "paper", seed)),
-        "nabla_tau": (DEFAULT, lambda model: unlearn_quietly(model, parts, "default", seed)),
+        "nabla_tau": (ASCENT, lambda model: unlearn_quietly(model, parts, "ascent", seed)),
     }
     for name, (recipe, way) in ways.items():
         torch.manual_seed(seed)

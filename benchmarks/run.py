@@ -41,6 +41,7 @@ BENCHES = {  # module and function, imported when asked for: each needs other pa
     "course": ("bench_course", "run"),
     "quality": ("bench_quality", "run"),
     "defaults": ("bench_defaults", "run"),
+    "ablation": ("bench_ablation", "run"),
     "demo": ("bench_demo", "run"),
     "examples": ("bench_demo", "run_examples"),
     "tofu": ("bench_tofu", "run"),

@@ -3,8 +3,8 @@
     pip install --no-deps plotnine                     # only for the table that it carries; it is never imported
     python examples/tabular.py
 
-A network of three layers memorises 5,000 diamonds. A share of them is then forgotten with the default recipe and with
-the published one, and both are audited against a model trained without those diamonds.
+A network of three layers memorises 5,000 diamonds. A share of them is then forgotten by default and by
+the published recipe, and both are audited against a model trained without those diamonds.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def make_parser() -> ArgumentParser:
     run.add_argument("--weights", type=Path, required=True, help="trained weights: .safetensors or .pt of tensors")
     run.add_argument("--out", type=Path, required=True, help="new .safetensors; an existing file is never overwritten")
     run.add_argument("--method", type=str | None, default=None, help="instead of the default: `nabla-tau env` has them")
-    run.add_argument("--recipe", type=str | None, default=None, help="of nabla-tau: default, gentle or paper")
+    run.add_argument("--recipe", type=str | None, default=None, help="of nabla-tau: ascent, gentle or paper")
     run.add_argument(
         "--performance", type=str, default="auto", choices=["auto", "off"], help="off: run the model just as it is"
     )

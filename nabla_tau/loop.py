@@ -23,12 +23,13 @@ from nabla_tau.methods import METHODS, NABLA_TAU
 from nabla_tau.methods.restart import Weights
 from nabla_tau.methods.stages import Method
 from nabla_tau.preparation import prepare
-from nabla_tau.recipes import RECIPES, Recipe
+from nabla_tau.recipes import ASCENT, GENTLE, RECIPES, Recipe
 from nabla_tau.result import NonFiniteLossError, UnlearnResult
 from nabla_tau.run import Attempt, Run
 from nabla_tau.run_files import check_writable, exists, method_of_run
 from nabla_tau.sources import derive_seed
 
+DEFAULT = "default"  # stands for neither method nor recipe
 REGAINED = 0.9  # of the way from untrained weights to the original's usefulness
 
 
@@ -67,15 +68,15 @@ def unlearn(
     model is not simply called on the inputs. loss: (logits, targets) -> per-sample losses [B], for anything but
     classification.
 
-    With neither method nor recipe the model is trained anew on the retained samples, by a schedule that takes a
-    fraction of the first training (`nabla_tau.methods.restart.Restart`): nothing of the forget set is left, and nothing
-    need be tuned to it. Where that cannot be, or ends far from the original's held-out accuracy, as of a pretrained
-    model, nabla-tau's recipe "gentle" is run on the original weights instead, and the first of the result's warnings
-    says why. initial: what the first training began with, a model or its state dict, where that were not fresh weights:
-    the pretrained model that was finetuned, which must not know the forget set.
+    With neither method nor recipe (or recipe="default") the model is trained anew on the retained samples, by a
+    schedule that takes a fraction of the first training (`nabla_tau.methods.restart.Restart`): nothing of the forget
+    set is left, and nothing need be tuned to it. Where that cannot be, or ends far from the original's held-out
+    accuracy, as of a pretrained model, nabla-tau's recipe "gentle" is run on the original weights instead, and the
+    first of the result's warnings says why. initial: what the first training began with, a model or its state dict,
+    where that were not fresh weights: the pretrained model that was finetuned, which must not know the forget set.
 
     method: "nabla-tau" itself, or one that it is compared with: a name of `nabla_tau.methods.METHODS`, or one of its
-    dataclasses with settings of your own. recipe: of nabla-tau, "default", "gentle", "paper" (the published settings,
+    dataclasses with settings of your own. recipe: of nabla-tau, "ascent", "gentle", "paper" (the published settings,
     arXiv 2403.14339) or a `nabla_tau.recipes.Recipe`. What a run did not reach is in the result's warnings.
 
     The model runs in eval mode (norm statistics frozen, dropout off) but where a method says otherwise. It is copied
@@ -175,7 +176,7 @@ def _automatic(
 ) -> UnlearnResult:
     """Fresh weights; and where that cannot serve the model, or falls far short of it, the gentle recipe on the original
     weights."""
-    second = RECIPES["gentle"]
+    second = GENTLE
     original = {name: tensor.clone() for name, tensor in unwrapped(model).state_dict().items()} if inplace else {}
     attempt = None
     at_second = begun is not None and exists(begun, ranks) and method_of_run(begun, ranks) == repr(second)
@@ -218,7 +219,7 @@ def _restart(
 def _chosen(method: str | Method | None, recipe: str | Recipe | None) -> Method | Recipe | None:
     """What was asked for; None for what the engine thinks best."""
     if method is None:
-        if recipe is None:
+        if recipe in (None, DEFAULT):
             return None
         method = NABLA_TAU
     if not isinstance(method, str) and not hasattr(method, "stages"):
@@ -232,7 +233,7 @@ def _chosen(method: str | Method | None, recipe: str | Recipe | None) -> Method 
     if recipe is None or isinstance(recipe, str):
         if recipe is not None and recipe not in RECIPES:
             raise ValueError(f"recipe must be one of {', '.join(RECIPES)} or a Recipe, got {recipe!r}")
-        return RECIPES[recipe or "default"]
+        return RECIPES[recipe or ASCENT.name]
     check_kind(recipe, Recipe, "recipe")
     return recipe
 

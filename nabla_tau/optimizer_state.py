@@ -15,6 +15,11 @@ from torch import Tensor, nn
 OWN = ("capturable", "fused", "foreach")
 
 
+def can_be_fused(parameters: list[nn.Parameter]) -> bool:
+    """Whether torch.optim has an AdamW of one kernel for them."""
+    return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+
+
 def default_optimizer(
     parameters: list[nn.Parameter], learning_rate: float, *, capturable: bool = False
 ) -> torch.optim.Optimizer:
@@ -23,7 +28,7 @@ def default_optimizer(
     capturable: with the learning rate on the device, so that a step can be captured. Fused AdamW takes that in float32,
     which would cost a float64 model digits: such a one keeps a number.
     """
-    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+    fused = can_be_fused(parameters)
     capturable = capturable and fused and not any(p.dtype == torch.float64 for p in parameters)
     rate: float | Tensor = learning_rate
     if capturable:

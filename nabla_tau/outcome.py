@@ -41,7 +41,7 @@ class Usefulness:
     def reaches(self, wanted: Usefulness) -> bool:
         """Whether it is as good, but for chance."""
         slack = TOLERATED if self.name == "accuracy" else 0.0
-        return not self.mean < wanted.mean - max(slack, 2 * wanted.error)
+        return not self.mean < wanted.mean - max(slack, wanted.error)
 
 
 class _Seen(NamedTuple):

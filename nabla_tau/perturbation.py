@@ -1,4 +1,4 @@
-"""Shrink and perturb: what the default recipe does to the weights before its first step."""
+"""Shrink and perturb: what the recipe "ascent" does to the weights before its first step."""
 
 from __future__ import annotations
 

@@ -105,8 +105,8 @@ PAPER = Recipe(
     noise=0.0,
     match_classes=False,
 )
-DEFAULT = Recipe(
-    name="default",
+ASCENT = Recipe(
+    name="ascent",
     gate="quantile",
     power=1,
     alpha=0.5,
@@ -127,8 +127,8 @@ DEFAULT = Recipe(
     match_classes=True,
 )
 # For a model that knows more than its training data could teach it again: nothing is shrunk away.
-GENTLE = replace(DEFAULT, name="gentle", shrink=1.0, noise=0.0)
-RECIPES = {recipe.name: recipe for recipe in (DEFAULT, GENTLE, PAPER)}
+GENTLE = replace(ASCENT, name="gentle", shrink=1.0, noise=0.0)
+RECIPES = {recipe.name: recipe for recipe in (ASCENT, GENTLE, PAPER)}
 
 
 @dataclass(frozen=True)

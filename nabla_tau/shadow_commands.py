@@ -19,7 +19,7 @@ from nabla_tau.batch import concatenate
 from nabla_tau.checkpoint import sha256
 from nabla_tau.columns import rows_of
 from nabla_tau.evaluation import evaluate
-from nabla_tau.loop import unlearn
+from nabla_tau.loop import DEFAULT, unlearn
 from nabla_tau.membership.audit_report import json_able
 from nabla_tau.membership.bootstrap import bootstrap_auc
 from nabla_tau.membership.scores import rank_safe
@@ -52,8 +52,8 @@ def run_shadow(args: Namespace) -> None:
 def train(args: Namespace) -> None:
     check_json(args.json)
     check_outputs([args.json], [Path(args.task)])
-    if args.unlearn is not None and args.unlearn not in RECIPES:
-        raise ValueError(f"--unlearn must be one of {', '.join(RECIPES)}, got {args.unlearn!r}")
+    if args.unlearn is not None and args.unlearn not in (DEFAULT, *RECIPES):
+        raise ValueError(f"--unlearn must be one of {', '.join([DEFAULT, *RECIPES])}, got {args.unlearn!r}")
     positive(args.learning_rate, "--learning_rate")
     training = TaskTraining.of(args.task, args.unlearn)
     task = training.task

@@ -10,7 +10,7 @@ from conftest import blobs, mlp, train
 from nabla_tau import unlearn
 from nabla_tau.classes import forget_kind, measure_target, removed_classes
 from nabla_tau.evaluation import evaluate
-from nabla_tau.recipes import DEFAULT
+from nabla_tau.recipes import ASCENT
 from nabla_tau.sources import as_source
 
 
@@ -122,7 +122,7 @@ def test_class_removal_removes_the_class(memorised):
         forget=(x[y == 1], y[y == 1]),
         retain=(x[y != 1], y[y != 1]),
         held_out=parts["held_out"],
-        recipe=DEFAULT,
+        recipe=ASCENT,
     )
     assert result.removed_classes == (1,)
     assert result.settings["forget_kind"] == "whole classes"

@@ -1,4 +1,4 @@
-"""recipe="default" is what its documentation says: a plain loop, written here from the formulas alone, gives the same
+"""recipe="ascent" is what its documentation says: a plain loop, written here from the formulas alone, gives the same
 weights; and each promise that the loop could break without that being noticed has a test of its own."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nabla_tau import Unlearner, unlearn
 from nabla_tau.evaluation import evaluate
 from nabla_tau.job import FORGET, HELD_OUT, RETAIN, WEIGHTS
 from nabla_tau.methods.nabla_tau import COLUMNS
-from nabla_tau.recipes import DEFAULT, Recipe, learning_rate_from_weights
+from nabla_tau.recipes import ASCENT, Recipe, learning_rate_from_weights
 from nabla_tau.result import NonFiniteLossError
 from nabla_tau.sources import Stream, as_source, derive_seed
 
@@ -177,7 +177,7 @@ def memorising_cnn() -> tuple[nn.Module, dict[str, Data]]:
     return model.train(), parts
 
 
-SMALL = replace(DEFAULT, min_steps=40, batch_size=32, tau_samples=250)
+SMALL = replace(ASCENT, min_steps=40, batch_size=32, tau_samples=250)
 VARIANTS = {
     "default": SMALL,
     "every other number": replace(
@@ -246,7 +246,7 @@ def test_shrink_leaves_the_padding_row_of_an_embedding():
     model = nn.Sequential(nn.Embedding(20, 4, padding_idx=0), nn.Flatten(), nn.Linear(24, 3))
     x, y = torch.randint(20, (300, 6)), torch.randint(3, (300,))
     parts = {"forget": (x[:40], y[:40]), "retain": (x[40:200], y[40:200]), "held_out": (x[200:], y[200:])}
-    result = unlearn(model, **parts, recipe=replace(DEFAULT, min_steps=10))
+    result = unlearn(model, **parts, recipe=replace(ASCENT, min_steps=10))
     before, after = model[0].weight, result.model[0].weight
     assert bool((after[0] == 0).all())
     assert bool((after[1:] != before[1:]).all())
@@ -280,7 +280,7 @@ def vector_parts(forget: int = 40, retain: int = 200, held_out: int = 160) -> di
 
 
 def test_learning_rate_and_alpha_at_the_first_the_middle_and_the_last_step():
-    recipe = replace(DEFAULT, learning_rate=0.01, min_steps=40)
+    recipe = replace(ASCENT, learning_rate=0.01, min_steps=40)
     history = unlearn(mlp(), **vector_parts(), recipe=recipe).history
     assert len(history["step"]) == 40
     assert [history["learning_rate"][k] for k in (0, 20, 39)] == pytest.approx([0.01, 0.005, 0.01 / 40])
@@ -298,7 +298,7 @@ def test_learning_rate_and_alpha_at_the_first_the_middle_and_the_last_step():
     [(1, 18), (18, 18), (30, 30)],  # 2.5 passes of ceil(200 / 32) = 7 batches
 )
 def test_number_of_steps(min_steps, steps):
-    result = unlearn(mlp(), **vector_parts(), recipe=replace(DEFAULT, batch_size=32, min_steps=min_steps))
+    result = unlearn(mlp(), **vector_parts(), recipe=replace(ASCENT, batch_size=32, min_steps=min_steps))
     assert result.settings["steps"] == len(result.history["step"]) == steps
     assert result.history["step"] == list(range(steps))
 
@@ -315,7 +315,7 @@ def test_number_of_steps(min_steps, steps):
     ],
 )
 def test_forget_samples_a_step(ratio, forget, size):
-    recipe = replace(DEFAULT, batch_size=32, min_steps=4, retain_passes=0.1, forget_ratio=ratio)
+    recipe = replace(ASCENT, batch_size=32, min_steps=4, retain_passes=0.1, forget_ratio=ratio)
     seen: list[int] = []
 
     def forward(model, batch):
@@ -333,7 +333,7 @@ def test_forget_samples_a_step(ratio, forget, size):
 
 
 def test_tau_is_measured_on_so_many_samples_drawn_anew_by_the_seed():
-    recipe = replace(DEFAULT, min_steps=20, tau_samples=100, learning_rate=1e-3)
+    recipe = replace(ASCENT, min_steps=20, tau_samples=100, learning_rate=1e-3)
     x, y = blobs(900)
     number = torch.arange(900.0).unsqueeze(1) / 900
     x = torch.cat((x, number), 1)
@@ -444,7 +444,7 @@ def test_power_of_the_gate(gate, tau, power, balance):
 # Whole classes: a model whose logits are constant says what every label costs
 # ---------------------------------------------------------------------------------------------------------------------
 
-ONE_STEP = replace(DEFAULT, learning_rate=1e-3, shrink=1.0, noise=0.0, min_steps=1, retain_passes=0.01)
+ONE_STEP = replace(ASCENT, learning_rate=1e-3, shrink=1.0, noise=0.0, min_steps=1, retain_passes=0.01)
 
 
 def constant_model(probabilities: list[float]) -> nn.Linear:
@@ -514,7 +514,7 @@ def test_labels_out_of_range_are_refused_before_anything_changes(part, label):
 
 
 def test_after_a_failure_the_weights_are_those_of_the_last_look():
-    recipe = replace(DEFAULT, min_steps=40)
+    recipe = replace(ASCENT, min_steps=40)
     model = mlp()
     calls = {"training": 0}
     snapshots: dict[int, dict[str, Tensor]] = {}
@@ -561,7 +561,7 @@ class Clock:
 
 
 def test_samples_per_second_and_seconds(monkeypatch):
-    recipe = replace(DEFAULT, min_steps=20, batch_size=50)  # 25 forget and 50 retain samples a step, two forwards
+    recipe = replace(ASCENT, min_steps=20, batch_size=50)  # 25 forget and 50 retain samples a step, two forwards
     clock = Clock(monkeypatch)
     started = clock.now
     result = unlearn(mlp(), **vector_parts(), recipe=recipe, forward=clock.forward, performance="off")
@@ -576,7 +576,7 @@ def test_resumed_run_is_the_whole_run(memorised, tmp_path, monkeypatch, cut):
     model, parts = memorised
     parts = {name: parts[name] for name in ("forget", "retain", "held_out")}
     settings = {
-        "recipe": replace(DEFAULT, min_steps=40, batch_size=32, tau_samples=150),
+        "recipe": replace(ASCENT, min_steps=40, batch_size=32, tau_samples=150),
         "seed": 2,
         "forward": Clock(monkeypatch).forward,
         "performance": "off",
@@ -611,7 +611,7 @@ def test_resumed_run_is_the_whole_run(memorised, tmp_path, monkeypatch, cut):
 
 
 def test_a_finished_run_is_read_back(tmp_path):
-    settings = vector_parts() | {"recipe": replace(DEFAULT, min_steps=12), "checkpoint": tmp_path / "done.ckpt"}
+    settings = vector_parts() | {"recipe": replace(ASCENT, min_steps=12), "checkpoint": tmp_path / "done.ckpt"}
     torch.manual_seed(0)
     model = mlp()
     first = unlearn(model, **settings)

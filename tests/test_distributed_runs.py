@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from nabla_tau import NonFiniteLossError, Unlearner, unlearn
 from nabla_tau.auditing import audit
 from nabla_tau.evaluation import evaluate
-from nabla_tau.recipes import DEFAULT, PAPER
+from nabla_tau.recipes import ASCENT, PAPER
 
 RECIPES = {
-    "default": dataclasses.replace(DEFAULT, name="short", batch_size=16, retain_passes=1.0, min_steps=1),
+    "default": dataclasses.replace(ASCENT, name="short", batch_size=16, retain_passes=1.0, min_steps=1),
     "paper": dataclasses.replace(PAPER, name="short paper", batch_size=13, retain_passes=1.0),
 }
 
@@ -191,7 +191,7 @@ def sharded_run(kind: str, loaders: bool) -> dict[str, Any]:
             parts[name] = (x[mine], y[mine])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = unlearn(model, **parts, recipe=RECIPES["default"], data_is_sharded=True, **more)
+        result = unlearn(model, **parts, recipe=RECIPES["ascent"], data_is_sharded=True, **more)
     return {"weights": state_of(result.model), "history": result.history, "counts": result.counts} | result.settings
 
 
@@ -311,7 +311,7 @@ def broken_run(kind: str) -> tuple[int, bool]:
 
     model, more = prepared(kind)
     try:
-        unlearn(model, **make_parts(), recipe=RECIPES["default"], forward=forward, performance="off", **more)
+        unlearn(model, **make_parts(), recipe=RECIPES["ascent"], forward=forward, performance="off", **more)
     except NonFiniteLossError as error:
         return error.step, all(bool(v.isfinite().all()) for v in state_of(error.result.model).values())
     return -1, False

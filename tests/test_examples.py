@@ -78,7 +78,7 @@ def test_a_class_is_removed_from_a_vision_model(tmp_path):
     assert unlearned.forget_accuracy == retrained.forget_accuracy == 0
     assert unlearned.test_accuracy > retrained.test_accuracy - 0.05
     taken_for = {line.split()[0]: line for line in done.stdout.split("taken for\n")[1].splitlines() if "%" in line}
-    assert taken_for.keys() == {"original", "retrained", "default"}
+    assert taken_for.keys() == {"original", "retrained", "restart"}
     assert [("trousers" in line) for line in taken_for.values()] == [True, False, False]
 
 

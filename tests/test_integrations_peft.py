@@ -36,7 +36,7 @@ def forget_loss(model: nn.Module) -> float:
 def unlearned(model: nn.Module) -> nn.Module:
     forward, loss = causal_lm.fused(model)
     sets = {"forget": FORGET, "retain": text(24, 4), "held_out": text(16, 5)}
-    recipe = dataclasses.replace(RECIPES["default"], min_steps=60)
+    recipe = dataclasses.replace(RECIPES["ascent"], min_steps=60)
     return nabla_tau.unlearn(model, **sets, forward=forward, loss=loss, recipe=recipe).model
 
 

@@ -20,9 +20,9 @@ import nabla_tau
 from nabla_tau import NonFiniteLossError, unlearn
 from nabla_tau.evaluation import evaluate
 from nabla_tau.methods.nabla_tau import COLUMNS
-from nabla_tau.recipes import DEFAULT, PAPER, make_plan
+from nabla_tau.recipes import ASCENT, PAPER, make_plan
 
-SHORT = dataclasses.replace(DEFAULT, name="short", batch_size=32, retain_passes=1.0, min_steps=1)
+SHORT = dataclasses.replace(ASCENT, name="short", batch_size=32, retain_passes=1.0, min_steps=1)
 
 
 def run(model, parts, **settings):
@@ -36,14 +36,14 @@ def weights(model: nn.Module) -> torch.Tensor:
 
 def test_it_forgets(memorised):
     model, parts = memorised
-    result = run(model, parts, recipe="default")
+    result = run(model, parts, recipe="ascent")
     before, after = evaluate(model, parts["forget"]).loss, evaluate(result.model, parts["forget"]).loss
     unseen = evaluate(result.model, parts["unseen"]).loss
     assert before.mean() < 0.2
     assert abs(after.mean() - unseen.mean()) < 0.5 * abs(before.mean() - unseen.mean())
 
 
-@pytest.mark.parametrize("recipe", ["default", "paper"])
+@pytest.mark.parametrize("recipe", ["ascent", "paper"])
 def test_the_model_given_is_left_as_it_was(memorised, recipe):
     model, parts = memorised
     model = copy.deepcopy(model).train()
@@ -162,7 +162,7 @@ def test_gate_that_never_closes_is_warned_about(memorised):
     timid = dataclasses.replace(PAPER, learning_rate=1e-7)
     with pytest.warns(UserWarning, match="the gate never closed.*learning rate"):
         run(model, parts, recipe=timid)
-    timid = dataclasses.replace(DEFAULT, learning_rate=1e-7, shrink=1.0, noise=0.0)
+    timid = dataclasses.replace(ASCENT, learning_rate=1e-7, shrink=1.0, noise=0.0)
     with pytest.warns(UserWarning, match="the gate never closed.*learning rate"):
         run(model, parts, recipe=timid)
 
@@ -170,7 +170,7 @@ def test_gate_that_never_closes_is_warned_about(memorised):
 def test_held_out_data_that_was_trained_on_is_warned_about_by_the_default_too(memorised):
     model, parts = memorised
     with pytest.warns(UserWarning, match="hardly anything to forget.*held-out data was part of training"):
-        run(model, parts, held_out=parts["retain"], recipe="default")
+        run(model, parts, held_out=parts["retain"], recipe="ascent")
 
 
 def test_nothing_is_printed_or_logged_above_info(memorised, capsys, caplog):
@@ -326,7 +326,7 @@ def test_frozen_model_is_refused(memorised):
 def test_recipe_refuses_what_makes_no_sense():
     for change in ({"learning_rate": 0.0}, {"batch_size": 0}, {"alpha": 2.0}, {"gate": "x"}, {"schedule": "x"}):
         with pytest.raises(ValueError, match=str(next(iter(change.values())))):
-            dataclasses.replace(DEFAULT, **change)
+            dataclasses.replace(ASCENT, **change)
 
 
 def test_held_out_share_of_an_unseen_retain_set(memorised):

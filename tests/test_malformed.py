@@ -20,7 +20,7 @@ from nabla_tau import membership as m
 from nabla_tau.certified import CertifiedLinear, LastLayer, LogisticRegression, RidgeRegression
 from nabla_tau.deletion_log import DeletionLog
 from nabla_tau.evaluation import evaluate
-from nabla_tau.recipes import DEFAULT
+from nabla_tau.recipes import ASCENT
 from nabla_tau.suites import Suite
 from nabla_tau.suites.scenarios import Scenario, split
 
@@ -96,8 +96,8 @@ CALLS = {
     "nabla_tau_loss": call(nabla_tau_loss, **MIXED, tau=1.0, alpha=0.5, gate="batch", power=2, class_weights=None),
     "Unlearner": call(Unlearner, model=MODEL, alpha=0.5, tau=1.0, gate="batch", balance=None, optimizer=None),
     "Recipe": call(
-        lambda **others: dataclasses.replace(DEFAULT, **others),
-        **{name: getattr(DEFAULT, name) for name in ("gate", "power", "alpha", "batch_size", "shrink", "noise")},
+        lambda **others: dataclasses.replace(ASCENT, **others),
+        **{name: getattr(ASCENT, name) for name in ("gate", "power", "alpha", "batch_size", "shrink", "noise")},
     ),
     "attack_p": call(m.attack_p, scores=A, population=B, classes=None, population_classes=None),
     "bootstrap_auc": call(m.bootstrap_auc, members={"m": A}, nonmembers={"m": B}, replicates=100, random_state=0),

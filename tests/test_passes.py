@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from nabla_tau import audit, unlearn
-from nabla_tau.recipes import DEFAULT, PAPER
+from nabla_tau.recipes import ASCENT, PAPER
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def times(count: int, passes: Counter[int]) -> Counter[int]:
 
 
 def test_default_recipe(counted):
-    result, measured, training = run(counted, recipe="default", performance="off")
+    result, measured, training = run(counted, recipe="ascent", performance="off")
     steps = result.settings["steps"]
     assert steps == 200
     assert training == 2 * steps  # forget and retain gradients are kept apart
@@ -57,7 +57,7 @@ def test_default_recipe(counted):
 
 
 def test_held_steps_have_no_ascent(counted):
-    result, _, training = run(counted, recipe="default")
+    result, _, training = run(counted, recipe="ascent")
     assert result.settings["ascents_saved"] > 50
     assert training == 2 * result.settings["steps"] - result.settings["ascents_saved"]
 
@@ -71,7 +71,7 @@ def test_published_recipe(counted):
     assert measured == LOOK + OUTCOME + times(3, TAU) + HOW_TO_FORWARD
 
 
-@pytest.mark.parametrize("recipe", [DEFAULT, PAPER, dataclasses.replace(DEFAULT, shrink=1.0, noise=0.0)])
+@pytest.mark.parametrize("recipe", [ASCENT, PAPER, dataclasses.replace(ASCENT, shrink=1.0, noise=0.0)])
 def test_tau_of_step_0_is_that_of_the_weights_as_they_are_then(memorised, recipe):
     model, parts = memorised
     data = {name: parts[name] for name in ("forget", "retain", "held_out")}

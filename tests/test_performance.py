@@ -218,7 +218,7 @@ def test_a_result_says_what_was_chosen():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("recipe", ["paper", "default"])
+@pytest.mark.parametrize("recipe", ["paper", "ascent"])
 def test_a_model_that_the_caller_compiled_is_taken_as_it_is(recipe):
     torch.manual_seed(0)
     model, x, y = cnn().eval(), torch.randn(60, 3, 8, 8), torch.randint(3, (60,))

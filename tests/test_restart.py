@@ -63,7 +63,7 @@ def test_it_is_one_cycle_of_adamw_on_fresh_weights(known):
     initialise([model], generator)
     scales = [p.detach().square().mean().sqrt().item() for p in model.parameters()]
     matrices = sorted(scale for scale, p in zip(scales, model.parameters(), strict=True) if p.ndim > 1)
-    rates = [0.125 * (s if p.ndim > 1 else matrices[0]) for s, p in zip(scales, model.parameters(), strict=True)]
+    rates = [0.1875 * (s if p.ndim > 1 else matrices[0]) for s, p in zip(scales, model.parameters(), strict=True)]
     groups = [{"params": [p], "lr": rate} for p, rate in zip(model.parameters(), rates, strict=True)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     size = min(64, len(parts["retain"][0]) // 8)
@@ -265,8 +265,8 @@ MEASURED = {
     ("changed", "said"),
     [
         ({}, None),
-        ({"held_out_accuracy_after": 0.881}, None),
-        ({"held_out_accuracy_after": 0.879}, "held-out accuracy is 0.879, and was 0.900"),
+        ({"held_out_accuracy_after": 0.8901}, None),
+        ({"held_out_accuracy_after": 0.889}, "held-out accuracy is 0.889, and was 0.900"),
         ({"attack_auc_after": 0.519}, None),
         ({"attack_auc_after": 0.521}, "still stands out: .* AUC of 0.521 .* it was 0.700"),
         ({"attack_auc_after": 0.3}, None),

@@ -56,7 +56,7 @@ def run(recipe: str, loaders: bool, checkpoint: Path, output: Path, pause: float
 
 
 @pytest.mark.parametrize(
-    ("recipe", "loaders", "every"), [("default", False, 2), ("default", True, 7), ("paper", True, 2)]
+    ("recipe", "loaders", "every"), [("ascent", False, 2), ("ascent", True, 7), ("paper", True, 2)]
 )
 def test_kill_and_resume(tmp_path, recipe, loaders, every):
     """At any moment: while the data is looked at, within a step, while a checkpoint is written, after the last step."""

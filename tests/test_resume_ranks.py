@@ -34,7 +34,7 @@ def rank_of_two(rank: int, kind: str, meeting_point: Path, checkpoint: Path, out
     settings |= {"checkpoint": checkpoint, "checkpoint_every": 2, "resume": True}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an untrained model has nothing to forget
-        result = unlearn(model, **make_parts(), recipe=RECIPES["default"], **settings)
+        result = unlearn(model, **make_parts(), recipe=RECIPES["ascent"], **settings)
     found = [state_of(result.model), result.history["forget_loss"]]
     if rank == 0:
         partial = output.with_suffix(".part")

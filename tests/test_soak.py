@@ -18,7 +18,7 @@ from conftest import blobs, mlp, train
 import nabla_tau
 from nabla_tau import digest
 from nabla_tau.deletion_log import DeletionLog
-from nabla_tau.recipes import DEFAULT
+from nabla_tau.recipes import ASCENT
 
 REQUESTS = int(os.environ.get("NABLA_TAU_SOAK", "60"))
 SMALL = 3  # samples a request
@@ -51,7 +51,7 @@ def test_many_requests_leave_no_memory_behind_and_a_log_that_verifies(tmp_path):
     model = train(mlp(FEATURES, width=WIDTH), data, epochs=20)
     log = DeletionLog(tmp_path / "log", key=b"sixteen secret bytes")
     # Weights that are shrunk once a request, and trained for ten steps, would be gone after some dozens.
-    recipe = dataclasses.replace(DEFAULT, name="short", shrink=1.0, noise=0.0, retain_passes=0.1, min_steps=10)
+    recipe = dataclasses.replace(ASCENT, name="short", shrink=1.0, noise=0.0, retain_passes=0.1, min_steps=10)
     after_warming = files = 0
     for request in range(REQUESTS):
         ids = range(SMALL * request, SMALL * (request + 1))

@@ -23,10 +23,10 @@ from test_cli import unlearn as command
 
 from nabla_tau import NonFiniteLossError, unlearn
 from nabla_tau.checkpoint import load_checkpoint, save_checkpoint
-from nabla_tau.recipes import DEFAULT
+from nabla_tau.recipes import ASCENT
 
 CPU = torch.device("cpu")
-SHORT = dataclasses.replace(DEFAULT, name="short", batch_size=32, retain_passes=1.0, min_steps=1)
+SHORT = dataclasses.replace(ASCENT, name="short", batch_size=32, retain_passes=1.0, min_steps=1)
 
 
 def run(memorised, checkpoint: Path | None, **settings):

@@ -22,7 +22,7 @@ does not with gradient accumulation, nor on several processes. So
 
 With both the step is that of `nabla_tau.Unlearner` on the whole batch, for every gate, but for rounding. It is not
 where losses are random or samples depend on each other: with dropout, which the Trainer switches on (a warning says so)
-and tau is measured without, and with BatchNorm. `balance` and `hold`, which the default recipe has, are not done here.
+and tau is measured without, and with BatchNorm. `balance` and `hold` of nabla-tau's recipes are not done here.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from nabla_tau.initialisation import initialise
 from nabla_tau.job import CannotServeError
 from nabla_tau.methods.setup import Setup
 from nabla_tau.methods.stages import Drawn, Stage, Term
+from nabla_tau.optimizer_state import can_be_fused
 from nabla_tau.outcome import usefulness
 
 
@@ -64,7 +65,7 @@ class Restart:
     passes: float = 4
     min_steps: int = 150
     cycles: int = 2
-    relative_rate: float = 0.125
+    relative_rate: float = 0.1875
     warmup: float = 0.15
     hopeless: float = 0.3
     batch_size: int = 64
@@ -95,7 +96,7 @@ class Restart:
             for parameter, rate in zip(moved, rates, strict=True):
                 by_rate.setdefault(rate, []).append(parameter)
             groups = [{"params": group, "lr": rate} for rate, group in by_rate.items()]
-            return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
+            return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=can_be_fused(moved))
 
         def is_hopeless() -> bool:
             found = usefulness(job, setup.forward_alone)

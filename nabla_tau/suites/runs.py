@@ -20,7 +20,7 @@ from nabla_tau import fingerprint
 from nabla_tau.arguments import check_kind
 from nabla_tau.checkpoint import load_checkpoint, save_checkpoint, write_atomic
 from nabla_tau.evaluation import forward_batches
-from nabla_tau.loop import unlearn
+from nabla_tau.loop import DEFAULT, unlearn
 from nabla_tau.methods import METHODS, NABLA_TAU
 from nabla_tau.progress import progress_bar
 from nabla_tau.provenance import versions
@@ -37,7 +37,6 @@ from nabla_tau.task import import_file
 ORIGINAL, RETRAINED = "original", "retrained again"
 SHADOWS = 16
 # "retrain" is what all are measured against, with the suite's own training; "retrained again" is its noise.
-DEFAULT = "default"  # of `unlearn`
 ALL = (DEFAULT, NABLA_TAU, "nabla-tau (paper)", *(name for name in METHODS if name not in ("restart", "retrain")))
 
 
