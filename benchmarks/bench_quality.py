@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 from record import Record
 
-from nabla_tau.loop import DEFAULT
 from nabla_tau.suites import SUITES
 from nabla_tau.suites.data import DataNotFoundError
 from nabla_tau.suites.measures import MEASURES
@@ -40,7 +39,7 @@ def records_of(table: ComparisonTable) -> Iterator[Record]:
     for summary in table.summaries():
         common = {
             "bench": "quality",
-            "provider": "nabla_tau" if summary.method == DEFAULT else summary.method,
+            "provider": summary.method,
             "device": str(table.settings["device"]),
             "dtype": "float32",
             "threads": int(table.settings["threads"]),

@@ -232,8 +232,7 @@ def plot_comparisons(path: Path, docs: Path) -> None:
         case, _, measure = row["case"].partition(": ")
         if measure in ("gap_auc_loss", "gap_test_accuracy"):
             mean = float(row["p50"])
-            name = "nabla-tau" if row["provider"] == "nabla_tau" else row["provider"]
-            cases.setdefault(case, {}).setdefault(name, {})[measure] = mean, float(row["p80"]) - mean
+            cases.setdefault(case, {}).setdefault(row["provider"], {})[measure] = mean, float(row["p80"]) - mean
     head = read_head(path)
     for case, found in cases.items():
         figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")

@@ -212,7 +212,7 @@ def test_batch_statistics_of_micro_batches_are_warned_about():
 
 
 def test_refusals(model):
-    with pytest.raises(ValueError, match="at least 1 sample, got 0"):
+    with pytest.raises(ValueError, match="micro_batch_size must be at least 1, got 0"):
         Unlearner(model, alpha=0.5, micro_batch_size=0)
     forward = lambda model, batch: (model(batch[1]), batch[2])  # noqa: E731
     batch = (torch.zeros(9), *labelled(4, 1))

@@ -312,7 +312,7 @@ def test_a_comparison_as_records_and_as_a_plot(tmp_path, monkeypatch):
     table = ComparisonTable("digits", "15% random", rows, {}, settings)
     found = {record.case: record for record in bench_quality.records_of(table)}
     record_of_auc = found["digits, 15% random: gap_auc_loss"]
-    assert (record_of_auc.provider, record_of_auc.p50, record_of_auc.unit) == ("nabla_tau", pytest.approx(0.03), "gap")
+    assert (record_of_auc.provider, record_of_auc.p50, record_of_auc.unit) == ("nabla-tau", pytest.approx(0.03), "gap")
     assert record_of_auc.p80 - record_of_auc.p50 == pytest.approx(np.std([0.02, 0.04], ddof=1))
     assert found["digits, 15% random: ulira"].p50 == 0.7, "of the one seed that has it"
     assert (found["digits, 15% random"].provider, found["digits, 15% random"].note) == ("unsir", "not for this")

@@ -23,7 +23,7 @@ from nabla_tau.evaluation import evaluate
 from nabla_tau.recipes import ASCENT, PAPER
 
 RECIPES = {
-    "default": dataclasses.replace(ASCENT, name="short", batch_size=16, retain_passes=1.0, min_steps=1),
+    "ascent": dataclasses.replace(ASCENT, name="short", batch_size=16, retain_passes=1.0, min_steps=1),
     "paper": dataclasses.replace(PAPER, name="short paper", batch_size=13, retain_passes=1.0),
 }
 
@@ -97,12 +97,12 @@ def same_run(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("kind", "given", "recipe", "size"),
     [
-        ("ddp", "tensors", "default", 3),
+        ("ddp", "tensors", "ascent", 3),
         ("ddp", "datasets", "paper", 2),
-        ("ddp", "loaders", "default", 2),
-        ("fsdp", "tensors", "default", 2),
+        ("ddp", "loaders", "ascent", 2),
+        ("fsdp", "tensors", "ascent", 2),
         ("fsdp", "datasets", "paper", 3),
-        ("plain", "tensors", "default", 2),
+        ("plain", "tensors", "ascent", 2),
     ],
 )
 def test_a_run_is_that_of_one_process(processes, kind, given, recipe, size):
@@ -134,14 +134,14 @@ def cut_run(kind: str, path: str, stop: int | None, resume: bool) -> dict[str, A
         return model(batch[0]), batch[1]
 
     try:
-        return run(kind, "tensors", "default", forward=forward, checkpoint=path, checkpoint_every=2, resume=resume)
+        return run(kind, "tensors", "ascent", forward=forward, checkpoint=path, checkpoint_every=2, resume=resume)
     except Interrupted:
         return None
 
 
 @pytest.mark.parametrize("kinds", [("ddp", "alone", "ddp"), ("fsdp", "fsdp", "fsdp"), ("fsdp", "alone", "ddp")])
 def test_a_run_goes_on_with_another_number_of_processes(processes, tmp_path, kinds):
-    wanted = run("alone", "tensors", "default")
+    wanted = run("alone", "tensors", "ascent")
     path = str(tmp_path / "run.ckpt")
     assert processes.run(cut_run, 2, kinds[0], path, 3, False) == [None, None]
     if kinds[1] == "alone":
@@ -206,7 +206,7 @@ def test_ranks_with_samples_of_their_own(processes, kind, loaders):
         assert first["history"][name] == second["history"][name]
     for name, value in first["weights"].items():
         assert torch.equal(value, second["weights"][name])
-    whole = run("alone", "tensors", "default")["settings"]
+    whole = run("alone", "tensors", "ascent")["settings"]
     if not loaders:
         assert first["tau_before"] == pytest.approx(whole["tau_before"], rel=1e-9), "the held-out losses of both ranks"
         assert first["forget_loss_before"] == pytest.approx(whole["forget_loss_before"], rel=1e-9)

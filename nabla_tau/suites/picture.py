@@ -15,7 +15,7 @@ def draw(ax: Axes, points: Mapping[str, tuple[Spread, Spread]], title: str) -> A
     named beside the axes."""
     for number, (name, (x, y)) in enumerate(points.items(), 1):
         reference = name in ("original", "retrained again")
-        colour = OURS if name.startswith(("nabla-tau", "nabla_tau")) else REFERENCE if reference else OTHERS
+        colour = OURS if name.startswith(("default", "nabla-tau")) else REFERENCE if reference else OTHERS
         at, mark = (x[0], 100 * y[0]), "s" if reference else "o"
         ax.errorbar(*at, xerr=x[1], yerr=100 * y[1], fmt=mark, color=colour, ms=4, lw=0.8, alpha=0.85)
         ax.annotate(str(number), at, xytext=(4, 3), textcoords="offset points", fontsize=7.5, color=colour)
