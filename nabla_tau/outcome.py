@@ -121,12 +121,21 @@ def missed(measured: Mapping[str, float]) -> str | None:
     return f"held-out {name} is {after:.3f}, and was {before:.3f} (standard error {error:.3f})"
 
 
+def has_learned(original: Usefulness, untrained: Usefulness) -> bool:
+    """Whether the original's usefulness is one to come back to. A held-out loss that training brought down by less than
+    half is that of a model that mainly memorises, and grows the surer it is."""
+    gained = original.mean - untrained.mean
+    return gained > (0 if original.name == "accuracy" else 0.5 * abs(untrained.mean))
+
+
 def regained(measured: Mapping[str, float]) -> float:
-    """Share of the way from untrained weights to the original's usefulness."""
+    """Share of the way from untrained weights to the original's usefulness; 1 where there is none (`has_learned`)."""
     name = "accuracy" if "held_out_accuracy_after" in measured else "loss"
     before, after, untrained = (measured[f"held_out_{name}_{when}"] for when in ("before", "after", "untrained"))
-    way = (before - untrained) * (1 if name == "accuracy" else -1)
-    return (after - untrained) / (before - untrained) if way > 0 else 1.0
+    sign = 1 if name == "accuracy" else -1
+    if not has_learned(*(Usefulness(name, sign * mean, 0.0) for mean in (before, untrained))):
+        return 1.0
+    return (after - untrained) / (before - untrained)
 
 
 def diagnose(measured: Mapping[str, float]) -> list[str]:

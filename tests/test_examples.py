@@ -95,8 +95,8 @@ def test_a_language_model_forgets_authors(tmp_path):
     assert unlearned.retain_loss < 0.5 * unlearned.forget_loss
     forgotten, retained = (part.splitlines() for part in done.stdout.split("text      ")[1:])
     assert forgotten[0].strip() == forgotten[1].removeprefix("  original").strip()
-    assert forgotten[0].strip() != forgotten[3].removeprefix("  default").strip()
-    assert retained[0].strip() == retained[3].removeprefix("  default").strip()
+    assert forgotten[0].strip() != forgotten[3].removeprefix("  restart").strip()
+    assert retained[0].strip() == retained[3].removeprefix("  restart").strip()
 
 
 @needs_plotnine

@@ -225,6 +225,11 @@ def test_frozen_layers_stay_and_attention_is_made_anew(known):
     assert torch.equal(result.model[0].weight, model[0].weight)
     assert not torch.equal(result.model[-1].weight, model[-1].weight)
 
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16, affine=False), nn.ReLU(), nn.Linear(16, 4))
+    model[1].running_mean.fill_(1e6)
+    result = unlearn(model, **parts, method=Restart(min_steps=10, cycles=1, hopeless=-1e9))
+    assert result.model[1].running_mean.abs().max() < 100, "statistics without weights are made anew too"
+
     attention = nn.TransformerEncoderLayer(8, 2, 16)
     before = attention.self_attn.in_proj_weight.clone()
     initialise([attention], torch.Generator().manual_seed(0))
@@ -286,6 +291,20 @@ def test_a_loss_that_rose_is_said_and_one_that_fell_is_not():
     losses = {name.replace("accuracy", "loss"): value for name, value in MEASURED.items()}
     assert outcome.diagnose(losses | {"held_out_loss_after": 0.5}) == []
     assert "held-out loss is 0.930" in outcome.diagnose(losses | {"held_out_loss_after": 0.93})[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "untrained", "after", "share"),
+    [
+        ("accuracy", 0.9, 0.1, 0.5, 0.5),
+        ("accuracy", 0.1, 0.1, 0.0, 1.0),  # nothing to come back to
+        ("loss", 1.5, 10.5, 7.5, 1 / 3),
+        ("loss", 4.4, 5.8, 6.7, 1.0),  # a model that mainly memorises
+    ],
+)
+def test_the_share_of_the_way_back(name, before, untrained, after, share):
+    measured = {f"held_out_{name}_before": before, f"held_out_{name}_untrained": untrained}
+    assert outcome.regained(measured | {f"held_out_{name}_after": after}) == pytest.approx(share)
 
 
 def test_removed_classes_do_not_count_as_useful(known):

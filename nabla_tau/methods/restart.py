@@ -21,7 +21,7 @@ from nabla_tau.job import CannotServeError
 from nabla_tau.methods.setup import Setup
 from nabla_tau.methods.stages import Drawn, Stage, Term
 from nabla_tau.optimizer_state import can_be_fused
-from nabla_tau.outcome import usefulness
+from nabla_tau.outcome import has_learned, usefulness
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +58,9 @@ class Restart:
     most, but 16; four times as many where most weights are embeddings, which are many weights and no arithmetic.
 
     initial: the weights before the training whose traces are to go, where it did not begin with fresh ones: those of
-    the pretrained model. Otherwise parameters that are frozen stay as they are. CannotServeError (a ValueError) for a
-    module that cannot initialise itself, or of which a part is frozen.
+    the pretrained model. Otherwise parameters that are frozen stay as they are, and so do buffers of modules without a
+    `reset_parameters`. CannotServeError (a ValueError) for a module that cannot initialise itself, or that is frozen in
+    part.
     """
 
     passes: float = 4
@@ -82,6 +83,7 @@ class Restart:
             raise CannotServeError(str(error)) from error
         wanted = usefulness(job, setup.forward_alone)
         untrained = usefulness(dataclasses.replace(job, model=fresh), job.forward)
+        judges = has_learned(wanted, untrained)
         setup.say(initial=self.initial and self.initial.digest, **untrained.to_dict("untrained"))
         size = setup.batch_size("retain", self._batch_size(setup))
         least = math.ceil(self.min_steps * min(1, self.batch_size / size))
@@ -100,11 +102,10 @@ class Restart:
 
         def is_hopeless() -> bool:
             found = usefulness(job, setup.forward_alone)
-            way = wanted.mean - untrained.mean
-            return way > 0 and found.mean - untrained.mean < self.hopeless * way
+            return judges and found.mean - untrained.mean < self.hopeless * (wanted.mean - untrained.mean)
 
         def is_recovered() -> bool:
-            return usefulness(job, setup.forward_alone).reaches(wanted)
+            return not judges or usefulness(job, setup.forward_alone).reaches(wanted)
 
         descent = partial(Stage, terms=terms, retain=size, training=True)
         first = self._cycle(steps)
@@ -158,7 +159,8 @@ def root_mean_square(weights: Tensor) -> float:
 
 
 def _trainable_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules with parameters of their own, but for frozen ones; ValueError for one that is frozen in part.
+    """The modules with parameters of their own, but for frozen ones, and those with nothing but statistics that they
+    can reset; ValueError for one that is frozen in part.
 
     What is inside a module with a reset of its own may be reset by both, in this order: the outer one first.
     """
@@ -167,6 +169,7 @@ def _trainable_modules(model: nn.Module) -> list[nn.Module]:
         moves = {parameter.requires_grad for parameter in module.parameters(recurse=False)}
         if len(moves) > 1:
             raise ValueError(f"a {type(module).__name__} is frozen in part: it cannot be initialised anew")
-        if moves == {True}:
+        has_statistics = any(True for _ in module.buffers(recurse=False)) and hasattr(module, "reset_parameters")
+        if moves == {True} or (not moves and has_statistics):
             found.append(module)
     return found
