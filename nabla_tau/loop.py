@@ -218,10 +218,11 @@ def _restart(
 
 def _chosen(method: str | Method | None, recipe: str | Recipe | None) -> Method | Recipe | None:
     """What was asked for; None for what the engine thinks best."""
+    recipes = [*RECIPES]
     if method is None:
-        if recipe in (None, DEFAULT):
+        if recipe is None or (isinstance(recipe, str) and recipe == DEFAULT):
             return None
-        method = NABLA_TAU
+        method, recipes = NABLA_TAU, [DEFAULT, *RECIPES]
     if not isinstance(method, str) and not hasattr(method, "stages"):
         raise TypeError(f"method must be a name or an object of nabla_tau.methods, got {method!r}")
     if isinstance(method, str) and method not in (NABLA_TAU, *METHODS):
@@ -232,7 +233,7 @@ def _chosen(method: str | Method | None, recipe: str | Recipe | None) -> Method 
         return METHODS[method] if isinstance(method, str) else method
     if recipe is None or isinstance(recipe, str):
         if recipe is not None and recipe not in RECIPES:
-            raise ValueError(f"recipe must be one of {', '.join(RECIPES)} or a Recipe, got {recipe!r}")
+            raise ValueError(f"recipe must be one of {', '.join(recipes)} or a Recipe, got {recipe!r}")
         return RECIPES[recipe or ASCENT.name]
     check_kind(recipe, Recipe, "recipe")
     return recipe

@@ -234,7 +234,7 @@ def test_truncated_weights(work, capsys, name):
         (["--task", "absent.py"], "no task file at absent.py"),
         (["--task", "empty.py"], "must define model"),
         (["--weights", "other.safetensors"], "do not fit the model: missing"),
-        (["--recipe", "magic"], "recipe must be one of default, paper"),
+        (["--recipe", "magic"], "recipe must be one of default, ascent, gentle, paper"),
         (["--method", "magic"], "method must be one of nabla-tau, "),
         (["--method", "finetune", "--recipe", "paper"], "recipe is of nabla-tau, got recipe 'paper'"),
         (["--out", "new.bin"], "written as .safetensors"),

@@ -306,7 +306,7 @@ def test_non_finite_gradient_of_a_finite_loss(memorised):
         ({"forget": (torch.zeros(3, 8), torch.tensor([0, 4, 0]))}, ValueError, "target 4 in row 1.*4 classes"),
         ({"retain": (torch.zeros(3, 8), torch.tensor([0, -2, 0]))}, ValueError, "target -2 in row 1"),
         ({"forget": 17}, TypeError, "forget must be tensors .* got int"),
-        ({"recipe": "magic"}, ValueError, "recipe must be one of default, paper .* got 'magic'"),
+        ({"recipe": "magic"}, ValueError, "recipe must be one of default, ascent, gentle, paper .* got 'magic'"),
     ],
 )
 def test_bad_input_is_refused_before_anything_changes(memorised, change, error, text):

@@ -174,7 +174,7 @@ WRONG = [
     *((name, value) for name in ("forget", "retain", "held_out") for value in ["None", "no pairs", *NO_DATA]),
     *(("seed", value) for value in ("None", "text", "negative", "huge", "half", "nan", "bool", "matrix")),
     *(("recipe", value) for value in ("text", "zero", "object", "dict", "class", "matrix", "function")),
-    *(("method", value) for value in ("None", "text", "zero", "object", "dict", "matrix", "function")),
+    *(("method", value) for value in ("text", "zero", "object", "dict", "matrix", "function")),
     *((name, value) for name in ("forward", "loss") for value in ("text", "object", "function", "half")),
     *(("micro_batch_size", value) for value in ("text", "zero", "negative", "half")),
     *(("checkpoint_every", value) for value in ("text", "zero", "negative", "half")),
