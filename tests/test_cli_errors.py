@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -405,7 +406,9 @@ def started(*arguments: str, **options) -> subprocess.Popen:
     if not command[0].exists():
         command = [sys.executable, "-P", "-c", "from nabla_tau.cli import main; raise SystemExit(main())", *arguments]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, **streams | options)
+    # Where these tests run in the background SIGINT is ignored, and what they start would ignore it too.
+    default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, preexec_fn=default, **streams | options)
 
 
 def test_an_interrupted_command_says_so(work):

@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -243,7 +244,8 @@ def test_a_damaged_checkpoint_leaves_the_model_as_it_was(tmp_path, memorised, da
 def test_command_goes_on_without_its_checkpoint_and_says_so(monkeypatch, capsys, caplog):
     full_disk(monkeypatch, "a.ckpt")
     assert command("--checkpoint", "a.ckpt") == 0
-    assert "warning: 10 of 10 checkpoints could not be written (the last one at step 200: " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert re.search(r"warning: (\d+) of \1 checkpoints could not be written \(the last one at step 150: ", said)
     assert "cannot write a.ckpt: No space left on device; the run goes on" in caplog.text
     assert sorted(path.name for path in Path().glob("[an]*")) == ["new.json", "new.safetensors"]
 
