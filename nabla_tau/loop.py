@@ -177,7 +177,8 @@ def _automatic(
     """Fresh weights; and where that cannot serve the model, or falls far short of it, the gentle recipe on the original
     weights."""
     second = GENTLE
-    original = {name: tensor.clone() for name, tensor in unwrapped(model).state_dict().items()} if inplace else {}
+    keep = inplace and ranks.parallel != "fsdp"  # which fresh weights refuse before they change anything
+    original = {name: tensor.clone() for name, tensor in unwrapped(model).state_dict().items()} if keep else None
     attempt = None
     at_second = begun is not None and exists(begun, ranks) and method_of_run(begun, ranks) == repr(second)
     if not at_second:
@@ -193,7 +194,7 @@ def _automatic(
             steps = result.settings["steps"]
             reason = f"fresh weights would not do: after {steps} steps {outcome.missed(result.settings)}"
             attempt = Attempt(reason, steps, result.seconds)
-        if inplace:
+        if original is not None:
             unwrapped(model).load_state_dict(original)
     return execute(model if inplace else copy.deepcopy(model), second, attempt, resume=at_second)
 
