@@ -7,7 +7,8 @@ in the cache of `nabla-tau compare`, so a run that was cut off goes on where it 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from record import Record
 
@@ -58,8 +59,11 @@ def records_of(table: ComparisonTable) -> Iterator[Record]:
                 yield Record(case=f"{case}: {name}", p20=low, p50=found[0], p80=high, unit=unit, note=said, **common)
 
 
-def run(device: str, threads: int, quickly: bool) -> Iterator[Record]:
-    for name, scenario in QUICK if quickly else CASES:
+def records_of_cases(
+    cases: Sequence[tuple[str, Scenario]], device: str, quickly: bool, *, shadows: Sequence[Scenario], **settings: Any
+) -> Iterator[Record]:
+    """Suites of the device, in scenarios. shadows: those with the U-LiRA attack. settings: of `compare_methods`."""
+    for name, scenario in cases:
         suite = SUITES[name]
         if (suite.device == "cuda") != (device == "cuda"):
             continue
@@ -69,9 +73,14 @@ def run(device: str, threads: int, quickly: bool) -> Iterator[Record]:
                     quick(suite) if quickly else suite,
                     scenario,
                     seeds=(0,) if quickly else (0, 1, 2),
-                    shadows=0 if quickly else SHADOWS,
+                    shadows=SHADOWS if scenario in shadows and not quickly else 0,
                     progress=True,
+                    **settings,
                 )
             )
         except DataNotFoundError as error:
             print(f"{name}: left out: {error}", file=sys.stderr)
+
+
+def run(device: str, threads: int, quickly: bool) -> Iterator[Record]:
+    yield from records_of_cases(QUICK if quickly else CASES, device, quickly, shadows=[*SHARES, *OTHERS])

@@ -26,9 +26,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from training import make_parser
+from training import judge, make_parser, save
 
-import nabla_tau
 from nabla_tau.integrations import causal_lm
 
 PER_AUTHOR = 20  # of TOFU's questions, which stand author by author
@@ -202,46 +201,16 @@ def main() -> None:
     else:
         start, epochs, rate = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), 10, 2e-4
     fit = {"epochs": epochs, "rate": rate, "seed": args.seed}
-    original, seconds_original = learn(copy.deepcopy(start), everything, **fit)
-    retrained, seconds_retrained = learn(copy.deepcopy(start), parts["retain"], **fit)
+    original = learn(copy.deepcopy(start), everything, **fit)
+    retrained = learn(copy.deepcopy(start), parts["retain"], **fit)
 
-    forward, loss = causal_lm.fused(original)
-    results = [
-        nabla_tau.unlearn(
-            original,
-            forget=parts["forget"],
-            retain=parts["retain"],
-            held_out=parts["held_out"],
-            forward=forward,
-            loss=loss,
-            recipe=recipe,
-            seed=args.seed,
-        )
-        for recipe in args.recipe
-    ]
-    judged, *others = results
-    report = nabla_tau.audit(
-        judged.model,
-        forget=parts["forget"],
-        unseen=parts["unseen"],
-        retain=parts["retain"],
-        retrained=retrained,
-        original=original,
-        compare={result.recipe: result.model for result in others},
-        forward=forward,
-        loss=loss,
-        record=judged.to_dict(),
-        seconds={"original": seconds_original, "retrained": seconds_retrained}
-        | {result.recipe: result.seconds for result in others},
-    )
-    print(report.table())
-    models = {"original": original, "retrained": retrained} | {result.recipe: result.model for result in results}
+    forward, loss = causal_lm.fused(original[0])
+    report, models = judge(args, parts, original, retrained, forward=forward, loss=loss)
     for of, (ask, reply) in {"forgotten": authors[0][0], "retained": authors[forgotten][0]}.items():
         print(f"\n{of}: {ask}\n  {'text':<10} {reply}")
         for name, model in models.items():
             print(f"  {name:<10}{decode(answer(model, encode(ask), end, longest))}")
-    for path in filter(None, (args.out, args.json)):
-        print("written:", report.save(path))
+    save(report, args)
 
 
 if __name__ == "__main__":

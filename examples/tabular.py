@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from training import fit, make_parser, split
+from training import fit, judge, make_parser, save, split
 
-import nabla_tau
 from nabla_tau.suites.data import CUTS, DataNotFoundError, diamonds
 
 
@@ -37,35 +36,13 @@ def main() -> None:
         raise SystemExit(error) from None
     rows, epochs = (1_000, 60) if args.quick else (5_000, 80)
     parts = split(data, train=rows, held_out=rows // 4, unseen=rows // 2, fraction=args.fraction, seed=args.seed)
-    forget, retain = parts["forget"], parts["retain"]
 
     loss = nn.functional.cross_entropy
-    original, seconds_original = fit(make_model, parts["train"], loss, epochs=epochs, seed=args.seed)
-    retrained, seconds_retrained = fit(make_model, retain, loss, epochs=epochs, seed=args.seed + 1)
+    original = fit(make_model, parts["train"], loss, epochs=epochs, seed=args.seed)
+    retrained = fit(make_model, parts["retain"], loss, epochs=epochs, seed=args.seed + 1)
 
-    # Nothing is set for this data set: the same defaults serve images, text and tables.
-    results = [
-        nabla_tau.unlearn(
-            original, forget=forget, retain=retain, held_out=parts["held_out"], recipe=recipe, seed=args.seed
-        )
-        for recipe in args.recipe
-    ]
-    judged, *others = results
-    report = nabla_tau.audit(
-        judged.model,
-        forget=forget,
-        unseen=parts["unseen"],
-        retain=retain,
-        retrained=retrained,
-        original=original,
-        compare={result.recipe: result.model for result in others},
-        record=judged.to_dict(),
-        seconds={"original": seconds_original, "retrained": seconds_retrained}
-        | {result.recipe: result.seconds for result in others},
-    )
-    print(report.table())
-    for path in filter(None, (args.out, args.json)):
-        print("written:", report.save(path))
+    report, _ = judge(args, parts, original, retrained)
+    save(report, args)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""What the examples share and what is not about unlearning: their options, a random split, a training loop."""
+"""What the examples share: their options, a random split, a training loop, and how they judge the recipes asked for."""
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+import nabla_tau
 
 Data = tuple[Tensor, Tensor]
 
@@ -83,3 +86,40 @@ def fit(
             optimizer.step()
         schedule.step()
     return model.eval(), time.perf_counter() - started
+
+
+def judge(
+    args: argparse.Namespace,
+    parts: Mapping[str, Any],
+    original: tuple[nn.Module, float],
+    retrained: tuple[nn.Module, float],
+    **calls: Any,
+) -> tuple[nabla_tau.AuditReport, dict[str, nn.Module]]:
+    """Unlearn parts["forget"] by each recipe asked for, and audit the first beside the others, the original and the
+    model that was trained without: (model, seconds that its training took). calls: forward and loss, where the model is
+    not a plain classifier. The report, whose table is printed, and all models by name."""
+    data = {name: parts[name] for name in ("forget", "retain", "held_out")}
+    # Nothing is set for this data or this model: the same defaults serve images, text and tables.
+    results = [nabla_tau.unlearn(original[0], **data, recipe=recipe, seed=args.seed, **calls) for recipe in args.recipe]
+    judged, *others = results
+    report = nabla_tau.audit(
+        judged.model,
+        forget=parts["forget"],
+        unseen=parts["unseen"],
+        retain=parts["retain"],
+        retrained=retrained[0],
+        original=original[0],
+        compare={result.recipe: result.model for result in others},
+        record=judged.to_dict(),
+        seconds={"original": original[1], "retrained": retrained[1]}
+        | {result.recipe: result.seconds for result in others},
+        **calls,
+    )
+    print(report.table())
+    models = {"original": original[0], "retrained": retrained[0]}
+    return report, models | {result.recipe: result.model for result in results}
+
+
+def save(report: nabla_tau.AuditReport, args: argparse.Namespace) -> None:
+    for path in filter(None, (args.out, args.json)):
+        print("written:", report.save(path))

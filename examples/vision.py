@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from training import Data, fit, make_parser, split
+from training import Data, fit, judge, make_parser, save, split
 
-import nabla_tau
 from nabla_tau.suites.data import fashion_mnist
 
 CLASSES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -54,36 +53,15 @@ def main() -> None:
     forget, retain = (part(parts["train"], removed=removed) for removed in (True, False))
     gone, _ = part(parts["unseen"], removed=True)
     loss = nn.functional.cross_entropy
-    original, seconds_original = fit(make_model, parts["train"], loss, epochs=epochs, seed=args.seed)
-    retrained, seconds_retrained = fit(make_model, retain, loss, epochs=epochs, seed=args.seed + 1)
+    original = fit(make_model, parts["train"], loss, epochs=epochs, seed=args.seed)
+    retrained = fit(make_model, retain, loss, epochs=epochs, seed=args.seed + 1)
 
     # That a whole class goes is seen by itself: then no held-out loss of that class is what to aim at.
-    results = [
-        nabla_tau.unlearn(
-            original, forget=forget, retain=retain, held_out=parts["held_out"], recipe=recipe, seed=args.seed
-        )
-        for recipe in args.recipe
-    ]
-    judged, *others = results
-    report = nabla_tau.audit(
-        judged.model,
-        forget=forget,
-        unseen=parts["unseen"],
-        retain=retain,
-        retrained=retrained,
-        original=original,
-        compare={result.recipe: result.model for result in others},
-        record=judged.to_dict(),
-        seconds={"original": seconds_original, "retrained": seconds_retrained}
-        | {result.recipe: result.seconds for result in others},
-    )
-    print(report.table())
+    report, models = judge(args, parts | {"forget": forget, "retain": retain}, original, retrained)
     print(f"\nunseen images of the removed class ({CLASSES[args.label]}) are taken for")
-    models = {"original": original, "retrained": retrained} | {result.recipe: result.model for result in results}
     for name, model in models.items():
         print(f"  {name:<10} {in_words(answers(model, gone))}")
-    for path in filter(None, (args.out, args.json)):
-        print("written:", report.save(path))
+    save(report, args)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The adapters to trackers that the README shows."""
+"""What the adapter to TensorBoard of docs/integrations.md writes."""
 
 from __future__ import annotations
 
