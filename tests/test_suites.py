@@ -7,6 +7,7 @@ import dataclasses
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torch import nn
 
 from nabla_tau import cli
 from nabla_tau.suites import SUITES, Suite, models, runs
-from nabla_tau.suites.data import DataNotFoundError, digits
+from nabla_tau.suites.data import Data, DataNotFoundError, digits
 from nabla_tau.suites.measures import MEASURES, answers, compared, remarks
 from nabla_tau.suites.runs import ORIGINAL, RETRAINED, compare_methods, load_suite, method_of, quick
 from nabla_tau.suites.scenarios import Scenario, split
@@ -297,27 +298,45 @@ def test_ulira_of_a_known_shift():
     assert 0.7 < _leave_one_out(alike + 1.0, retrained) < 0.76
 
 
-def test_ulira_of_methods():
+def test_attacks_on_methods_by_shadow_models():
     parts = of("random", 0.15)
     shadows = Shadows(SUITE, parts, models=16, seed=0)
-    untouched = shadows.auc(lambda model, _: model)
 
-    def retrain(_: nn.Module, seed: int) -> nn.Module:
-        return runs.train(partial(mlp, width=24), parts.retain, epochs=40, batch_size=64, learning_rate=1e-2, seed=seed)
-
-    def wreck(model: nn.Module, _: int) -> nn.Module:
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.zero_()
+    def nothing(model: nn.Module, *_: Any) -> nn.Module:
         return model
 
-    assert shadows.auc(wreck) > 0.95
-    assert shadows.auc(lambda model, _: model) == untouched, (
-        "what a method does to a model is not done to the next one's"
-    )
+    def retrain(_: nn.Module, forget: Data, seed: int) -> nn.Module:
+        return runs.train(partial(mlp, width=24), parts.retain, epochs=40, batch_size=64, learning_rate=1e-2, seed=seed)
+
+    def wreck(_: nn.Module, forget: Data, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return mlp(width=24).eval()
+
+    untouched = shadows.ulira(nothing)
+    assert shadows.ulira(wreck) > 0.95
+    assert abs(shadows.ruli(wreck) - 0.5) < 0.06, "it is seen that all were wrecked, and not because of which samples"
+    assert shadows.ulira(nothing) == untouched, "what a method does to a model is not done to the next one's"
     assert abs(shadows.control - 0.5) < 0.06
     assert untouched > shadows.control + 0.15
-    assert abs(shadows.auc(retrain) - 0.5) < 0.15
+    assert shadows.ruli(nothing) > shadows.control + 0.15
+    assert abs(shadows.ulira(retrain) - 0.5) < 0.15
+    assert abs(shadows.ruli(retrain) - 0.5) < 0.06
+
+
+def test_ruli_gives_each_model_its_own_half():
+    parts = of("random", 0.15)
+    shadows = Shadows(SUITE, parts, models=16, seed=0)
+    asked: list[list[tuple[float, ...]]] = []
+
+    def remember(model: nn.Module, forget: Data, _: int) -> nn.Module:
+        asked.append(sorted(map(tuple, forget[0].tolist())))
+        return model
+
+    shadows.ruli(remember)
+    assert len(asked) == 32
+    assert asked[:16] == [asked[0]] * 16
+    assert asked[16:] == [asked[16]] * 16
+    assert sorted(asked[0] + asked[16]) == sorted(map(tuple, parts.forget[0].tolist()))
 
 
 def test_names():

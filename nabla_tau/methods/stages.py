@@ -231,9 +231,9 @@ class StagedSteps:
             values, weights = term.values(model, piece) if own else self._of_no_weight(piece)
             weights = weights.detach().to(values)
             total = ranks.total(weights.sum()).clamp(min=torch.finfo(values.dtype).tiny)
-            share = torch.where(weights > 0, values * weights, 0.0).sum() / total
-            torch.autograd.backward(term.weight * ranks.averaging * share)
-        return term.weight * ranks.total(share.detach())
+            torch.autograd.backward(values, weights.clamp(min=0) * (term.weight * ranks.averaging / total))
+        weighted = torch.where(weights > 0, values.detach() * weights, 0.0)
+        return term.weight * ranks.total(weighted.sum() / total)
 
     def _of_no_weight(self, piece: Batch) -> tuple[Tensor, Tensor]:
         logits = self.setup.forward(self.job.model, piece)[0]

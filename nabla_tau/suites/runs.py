@@ -186,10 +186,10 @@ class _Case:
             _, seconds = self.models[name]
             measures = compared(self.answers[name], retrained) | {"seconds": seconds, "share": seconds / training}
             if self._shadow_count:
-                measures["ulira"] = self.shadows.control if name == RETRAINED else self.shadows.auc(lambda m, _: m)
+                measures |= self._attacked(lambda model, *_: model) if name == ORIGINAL else self._exact()
             return Row(name, self.seed, measures, [])
         try:
-            result = self._unlearn(name, self.models[ORIGINAL][0], self.seed)
+            result = self._unlearn(name, self.models[ORIGINAL][0], self.parts.forget, self.seed)
         except ValueError as error:
             return Row(name, self.seed, {}, [f"not for this: {error}"])
         except NonFiniteLossError as error:
@@ -200,20 +200,26 @@ class _Case:
         said = [*([attempt["reason"]] if attempt else []), *remarks(found, self.answers[ORIGINAL], retrained)]
         if self._shadow_count:
             try:
-                measures["ulira"] = self.shadows.auc(lambda model, seed: self._unlearn(name, model, seed).model)
+                measures |= self._attacked(lambda *given: self._unlearn(name, *given).model)
             except (ValueError, NonFiniteLossError) as error:
                 said.append(f"U-LiRA failed: {error}")
         return Row(name, self.seed, measures, said)
 
-    def _unlearn(self, name: str, model: nn.Module, seed: int) -> UnlearnResult:
-        parts = self.parts
+    def _attacked(self, unlearn: Callable[[nn.Module, Data, int], nn.Module]) -> dict[str, float]:
+        return {"ulira": self.shadows.ulira(unlearn), "ruli": self.shadows.ruli(unlearn)}
+
+    def _exact(self) -> dict[str, float]:
+        """Of retraining, whichever half of the forget set was there before."""
+        return {"ulira": self.shadows.control, "ruli": self.shadows.control}
+
+    def _unlearn(self, name: str, model: nn.Module, forget: Data, seed: int) -> UnlearnResult:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # what a method fails to do is what is measured
             return unlearn(
                 model,
-                forget=parts.forget,
-                retain=parts.retain,
-                held_out=parts.held_out,
+                forget=forget,
+                retain=self.parts.retain,
+                held_out=self.parts.held_out,
                 seed=seed,
                 **method_of(name),  # type: ignore[arg-type]
             )

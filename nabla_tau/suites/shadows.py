@@ -1,4 +1,5 @@
-"""U-LiRA of a method on small models: are samples that were unlearned told from samples that were never seen?"""
+"""Likelihood-ratio attacks on a method, by small models: does it answer as retrained ones do, and is what was
+unlearned told from what was never seen?"""
 
 from __future__ import annotations
 
@@ -28,26 +29,41 @@ Margins = NDArray[np.float64]
 
 
 class Shadows:
-    """Models of a suite's shadow kind: some trained on everything, of which each unlearns the forget set, and as many
-    trained without it. They are smaller than the suite's own model: it is the method that is measured."""
+    """Models of a suite's shadow kind, smaller than the suite's own: it is the method that is measured."""
 
     def __init__(self, suite: Suite, parts: Parts, *, models: int, seed: int) -> None:
         self.suite, self.parts, self.models, self.seed = suite, parts, models, seed
 
-    def auc(self, unlearn: Callable[[nn.Module, int], nn.Module]) -> float:
-        """AUC at which U-LiRA (Hayes et al. 2024, arXiv 2403.01218) tells the unlearned models' answers on the forget
-        samples from the retrained models', each model attacked by means of all others. 0.5 for exact unlearning, but
-        for chance: see `control`. unlearn: (model, which it may change, seed) -> model."""
+    def ulira(self, unlearn: Callable[[nn.Module, Data, int], nn.Module]) -> float:
+        """AUC at which U-LiRA (Hayes et al. 2024, arXiv 2403.01218) tells the answers on the forget samples of models
+        that unlearned them from those of retrained models, each attacked by means of all others. 0.5 for exact
+        unlearning, but for chance: see `control`. unlearn: (model, which it may change, forget, seed) -> model."""
+        unlearned = self._unlearned(unlearn, self._originals, self.parts.forget, 0)
+        return _leave_one_out(self._margins(unlearned, self.parts.forget), self._retrained)
+
+    def ruli(self, unlearn: Callable[[nn.Module, Data, int], nn.Module]) -> float:
+        """AUC at which samples that a model was trained on and unlearned are told from those that it never saw, where
+        all models went through `unlearn`: the privacy game of RULI (Naderloui et al. 2025, arXiv 2506.13009), in which
+        it does not help to know unlearned from retrained models. Some models are trained on one half of the forget set
+        beside what is retained and unlearn it, as many on the other; the mean over the halves. 0.5 if nothing is left.
+        """
+        halves = self._halves
+        models = [self._unlearned(unlearn, self._of_halves[k], half, k + 1) for k, half in enumerate(halves)]
+        (of_first, of_second) = ([self._margins(group, half) for group in models] for half in halves)
+        return (_leave_one_out(*of_first) + _leave_one_out(*reversed(of_second))) / 2
+
+    def _unlearned(
+        self, unlearn: Callable[[nn.Module, Data, int], nn.Module], models: list[nn.Module], forget: Data, what: int
+    ) -> list[nn.Module]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            copies = enumerate(map(copy.deepcopy, self._originals))
-            unlearned = [unlearn(model, derive_seed(self.seed, k)) for k, model in copies]
-        return _leave_one_out(self._margins(unlearned), self._retrained)
+            copies = enumerate(map(copy.deepcopy, models))
+            return [unlearn(model, forget, derive_seed(self.seed, what, k)) for k, model in copies]
 
     @functools.cached_property
     def control(self) -> float:
         """The AUC of an exact method: other retrained models in place of the unlearned ones."""
-        return _leave_one_out(self._margins(self._fit(self.parts.retain, 3)), self._retrained)
+        return _leave_one_out(self._margins(self._fit(self.parts.retain, 3), self.parts.forget), self._retrained)
 
     @functools.cached_property
     def _originals(self) -> list[nn.Module]:
@@ -55,7 +71,19 @@ class Shadows:
 
     @functools.cached_property
     def _retrained(self) -> Margins:
-        return self._margins(self._fit(self.parts.retain, 2))
+        return self._margins(self._fit(self.parts.retain, 2), self.parts.forget)
+
+    @functools.cached_property
+    def _halves(self) -> tuple[Data, Data]:
+        x, y = self.parts.forget
+        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(derive_seed(self.seed, 4))).to(y.device)
+        first, second = order.tensor_split(2)
+        return (x[first], y[first]), (x[second], y[second])
+
+    @functools.cached_property
+    def _of_halves(self) -> list[list[nn.Module]]:
+        pools = [tuple(map(torch.cat, zip(self.parts.retain, half, strict=True))) for half in self._halves]
+        return [self._fit((x, y), 5 + k) for k, (x, y) in enumerate(pools)]
 
     def _fit(self, data: Data, what: int) -> list[nn.Module]:
         suite, found = self.suite, list[nn.Module]()
@@ -73,16 +101,16 @@ class Shadows:
             found += [ensemble.model(k) for k in range(len(ensemble))]
         return found
 
-    def _margins(self, models: list[nn.Module]) -> Margins:
-        """Logit margins of the forget samples, [K, N]."""
-        margins = [evaluate(model, self.parts.forget, batch_size=500).margin for model in models]
+    def _margins(self, models: list[nn.Module], data: Data) -> Margins:
+        """Logit margins, [K, N]."""
+        margins = [evaluate(model, data, batch_size=500).margin for model in models]
         stacked = np.stack([margin for margin in margins if margin is not None])
         return np.nan_to_num(stacked, nan=0.0, posinf=_LARGEST, neginf=-_LARGEST)
 
 
-def _leave_one_out(unlearned: Margins, retrained: Margins) -> float:
-    of_unlearned = [ulira(row, np.delete(unlearned, k, axis=0), retrained) for k, row in enumerate(unlearned)]
-    of_retrained = [ulira(row, unlearned, np.delete(retrained, k, axis=0)) for k, row in enumerate(retrained)]
-    scores = np.concatenate([result.score for result in (*of_unlearned, *of_retrained)])
-    labels = np.repeat([True, False], [unlearned.size, retrained.size])
+def _leave_one_out(unlearned: Margins, others: Margins) -> float:
+    of_unlearned = [ulira(row, np.delete(unlearned, k, axis=0), others) for k, row in enumerate(unlearned)]
+    of_others = [ulira(row, unlearned, np.delete(others, k, axis=0)) for k, row in enumerate(others)]
+    scores = np.concatenate([result.score for result in (*of_unlearned, *of_others)])
+    labels = np.repeat([True, False], [unlearned.size, others.size])
     return float(roc(np.nan_to_num(scores), labels).auc)

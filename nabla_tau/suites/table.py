@@ -25,6 +25,7 @@ SHOWN = (
     "gap_mia_loss",
     "gap_mia_entropy",
     "ulira",
+    "ruli",
     "gap_forget_accuracy",
     "gap_retain_accuracy",
     "gap_test_accuracy",
