@@ -41,7 +41,6 @@ _VARIABLES = {_INK: "var(--ink)", _MUTED: "var(--muted)", _GRID: "var(--grid)"} 
 def render_html(report: AuditReport) -> str:
     """The page of a report. ImportError, naming what to install, without jinja2 or matplotlib."""
     pages, pyplot = environment(), _import("matplotlib.figure")
-    pages.filters |= {"number": number, "signed": signed, "spread": _spread, "setting": _setting}
     main = {name: model for name, model in report.models.items() if model.role != "retrained run"}
     colours = {name: _colour(name, model, main) for name, model in report.models.items()}
     title, title_by_chance, tone = _TITLES[report.verdict]
@@ -78,13 +77,15 @@ def environment() -> Any:
     """Where the pages' templates are read, with everything escaped. ImportError, naming what to install, without
     jinja2."""
     jinja2 = _import("jinja2")
-    return jinja2.Environment(
+    found = jinja2.Environment(
         loader=jinja2.PackageLoader("nabla_tau"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    found.filters |= {"number": number, "signed": signed, "spread": _spread, "setting": _setting}
+    return found
 
 
 def _import(name: str) -> ModuleType:

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import sys
+from functools import cache
 from html.parser import HTMLParser
 
 import numpy as np
@@ -17,6 +18,7 @@ pytest.importorskip("matplotlib")
 from nabla_tau.report import render_html
 
 SCRIPT = "<script>alert('x')</script>"
+LONG = "no-place-to-break/" * 12
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
 
@@ -30,13 +32,14 @@ def sets(ease, own):
     return {"forget": signals(120, ease, 1), "unseen": signals(200, 0, 2)}
 
 
-@pytest.fixture(scope="module")
-def full():
+@cache
+def hostile():
+    """With every text that a user can give made to break the page."""
     record = {
         "recipe": SCRIPT,
-        "settings": {SCRIPT: SCRIPT, "learning_rate": 0.003, "unset": None, "list": ["<b>", 1]},
+        "settings": {SCRIPT: SCRIPT, LONG: LONG, "learning_rate": 0.003, "unset": None, "list": ["<b>", 1]},
         "history": {"step": [0, 1, 2], "forget_loss": [0.1, None, 0.5], "tau": [1, 1, 1], "gate_open": [1, 1, 0]},
-        "warnings": [SCRIPT],
+        "warnings": [SCRIPT, LONG],
         "counts": {"forget": 120, SCRIPT: 3},
         "versions": {SCRIPT: SCRIPT},
         "removed_classes": [],
@@ -48,10 +51,16 @@ def full():
         "original": sets(4, 4),
         SCRIPT: sets(1, 5),
         'cost $x^2$ & "more"': sets(1, 6),
+        LONG: sets(2, 7),
     }
     return audit_signals(
         models, retrained=["r1", "r2"], original="original", record=record, bootstrap=100, seconds={"retrained": 60}
     )
+
+
+@pytest.fixture(scope="module")
+def full():
+    return hostile()
 
 
 class Page(HTMLParser):
@@ -132,6 +141,12 @@ def documented(**options):
         "recipe": "default",
         "counts": {"forget": 1200, "retain": 34000, "held_out": 560},
         "settings": {"forget_kind": "random subset", "steps": 7890, "seed": 41},
+        "history": {
+            "step": [0, 10, 20],
+            "forget_loss": [0.1, 0.6, 0.5],
+            "retain_loss": [0.1, 0.3, 0.2],
+            "tau": [0.5] * 3,
+        },
         "seconds": 33.0,
         "created": "2031-02-03T04:05:06+00:00",
         "hardware": {"processor": "Abacus 9", "cores": 4, "threads": 3, "device": "cuda:1 (Loom)"},
@@ -144,7 +159,7 @@ def documented(**options):
         "models": {"unlearned": DIGESTS["after"], "original": DIGESTS["before"]},
         "sets": {"forget": DIGESTS["forget"], "unseen": DIGESTS["unseen"]},
     }
-    models = {"unlearned": sets(0.5, 1), "retrained": sets(0, 2), "original": sets(4, 4)}
+    models = {"unlearned": sets(0.5, 1), "retrained": sets(0, 2), "original": sets(4, 4), "finetuned": sets(2, 5)}
     roles = {"retrained": ["retrained"], "original": "original"}
     return audit_signals(models, **roles, record=record, fingerprints=fingerprints, bootstrap=100, **options)
 

@@ -22,7 +22,7 @@ def draw(ax: Axes, points: Mapping[str, tuple[Spread, Spread]], title: str) -> A
         place = 1.02, 1 - (number - 0.5) / max(len(points), 24)
         ax.text(
             *place,
-            f"{number}  {name}",
+            f"{number}  {_fitting(name, 32)}",
             transform=ax.transAxes,
             fontsize=7.5,
             color=colour,
@@ -42,5 +42,9 @@ def draw(ax: Axes, points: Mapping[str, tuple[Spread, Spread]], title: str) -> A
         axis.set_major_formatter("{x:g}")
     ax.set_xlabel("attack AUC minus that of retrained (right: still remembered)")
     ax.set_ylabel("test accuracy minus that of retrained, points")
-    ax.set_title(title, fontsize=10, parse_math=False)
+    ax.set_title(_fitting(title, 80), fontsize=10, parse_math=False)
     return ax
+
+
+def _fitting(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
