@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -59,6 +60,14 @@ def clean_environment(folder: Path) -> Path:
 def sources(folder: str, *suffixes: str) -> set[str]:
     found = (path for path in (ROOT / folder).rglob("*") if path.suffix in suffixes and "__pycache__" not in path.parts)
     return {str(path.relative_to(ROOT)) for path in found}
+
+
+def test_every_text_is_of_the_same_release():
+    (version,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    newest = re.search(r"^## (\S+) \(\d{4}-\d\d-\d\d\)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest
+    assert newest[1] == version
+    assert f"This is {version}:" in (ROOT / "docs" / "versions.md").read_text()
 
 
 def test_the_sdist_holds_what_a_build_needs_and_no_build(sdist):
