@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nabla_tau.arguments import as_number
+
 # Of torch's param groups: what would change the result and has no counterpart here.
 UNSUPPORTED = {
     "amsgrad": "the maximum of past second moments (amsgrad)",
@@ -21,10 +23,10 @@ def check_group(group: Mapping[str, Any], kind: str) -> None:
         if group.get(option):
             raise ValueError(f"{kind} does not have {meaning}: {option} must be False")
     for name, least in {"lr": 0.0, "eps": 0.0, "weight_decay": 0.0, "momentum": 0.0}.items():
-        if name in group and not float(group[name]) >= least:
+        if name in group and not as_number(group[name], name) >= least:
             raise ValueError(f"{name} must be {least:g} or more, got {group[name]}")
     for beta in group.get("betas", ()):
-        if not 0 <= float(beta) < 1:
+        if not 0 <= as_number(beta, "betas") < 1:
             raise ValueError(f"betas must be in [0, 1), got {group['betas']}")
     if group.get("nesterov") and (float(group["momentum"]) == 0 or group["dampening"] != 0):
         raise ValueError("nesterov needs a momentum, and dampening 0")

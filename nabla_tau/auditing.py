@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from nabla_tau import fingerprint
-from nabla_tau.arguments import check_kind
+from nabla_tau.arguments import check_kind, numbers_checked
 from nabla_tau.batch import Forward
 from nabla_tau.evaluation import SampleLoss, Signals, device_of, evaluate
 from nabla_tau.membership.assessment import SUBJECT, audit_signals, check_counts, check_record, check_statistics
@@ -35,6 +35,7 @@ from nabla_tau.sources import Source, as_source
 __all__ = ["AuditReport", "ModelAudit", "audit", "audit_signals"]
 
 
+@numbers_checked
 def audit(
     model: nn.Module,
     *,

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nabla_tau.arguments import whole
+from nabla_tau.arguments import numbers_checked, whole
 from nabla_tau.batch import Batch, Forward, default_forward, sample_count, tensors_of, to_device
 from nabla_tau.distributed import WHOLE, ProcessGroup, Ranks, Share, ranks_of, unwrapped
 from nabla_tau.functional import Task, has_loss, infer_task, sample_losses, sample_signals
@@ -179,6 +179,7 @@ def mean_loss(
     return float(losses[counts].double().mean())
 
 
+@numbers_checked
 def evaluate(
     model: nn.Module,
     data: Any,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nabla_tau import _library
-from nabla_tau.arguments import check_kind
+from nabla_tau.arguments import check_kind, share, whole
 from nabla_tau.kernels.reference import IGNORE_INDEX, RowSignals, compute_dtype
 
 Task: TypeAlias = Literal["classification", "sequence", "multilabel"]
@@ -88,8 +88,7 @@ def _multilabel_rows(logits: Tensor, targets: Tensor) -> RowSignals:
 
 def checked_options(logits: Tensor, label_smoothing: float, class_weights: Tensor | None) -> Tensor | None:
     """class_weights as the kernels take them; ValueError for a smoothing outside [0, 1] or weights that do not fit."""
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    share(label_smoothing, "label_smoothing")
     if class_weights is None:
         return None
     check_kind(class_weights, Tensor, "class_weights")
@@ -111,6 +110,7 @@ def check_rows(logits: Tensor, targets: Tensor, ignore_index: int) -> None:
     """
     check_kind(logits, Tensor, "logits")
     check_kind(targets, Tensor, "targets")
+    whole(ignore_index, "ignore_index", least=None)
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype} of shape {tuple(logits.shape)}")
     if targets.is_floating_point() or targets.dtype == torch.bool:

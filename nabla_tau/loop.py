@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nabla_tau import outcome
-from nabla_tau.arguments import check_kind, check_seed, whole
+from nabla_tau.arguments import check_fields, check_kind, check_seed, whole
 from nabla_tau.batch import Forward
 from nabla_tau.distributed import ProcessGroup, Ranks, can_be_copied, ranks_of, unwrapped
 from nabla_tau.evaluation import SampleLoss, device_of, evaluation_mode
@@ -231,7 +231,10 @@ def _chosen(method: str | Method | None, recipe: str | Recipe | None) -> Method 
     if method != NABLA_TAU:
         if recipe is not None:
             raise ValueError(f"recipe is of nabla-tau, got recipe {recipe!r} and method {method!r}")
-        return METHODS[method] if isinstance(method, str) else method
+        if isinstance(method, str):
+            return METHODS[method]
+        check_fields(method)
+        return method
     if recipe is None or isinstance(recipe, str):
         if recipe is not None and recipe not in RECIPES:
             raise ValueError(f"recipe must be one of {', '.join(recipes)} or a Recipe, got {recipe!r}")

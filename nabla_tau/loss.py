@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nabla_tau._library import RowOptions
-from nabla_tau.arguments import check_kind
+from nabla_tau.arguments import as_number, check_kind, numbers_checked, share, whole
 from nabla_tau.functional import checked_options, differentiable_signals, has_loss, infer_task
 from nabla_tau.fused import fused_terms, serves
 from nabla_tau.kernels.reference import IGNORE_INDEX, RowSignals
@@ -19,7 +20,7 @@ def check_gate(gate: str, power: int) -> None:
     """Raise ValueError for an unknown gate or a power other than 1 and 2."""
     if gate not in GATES:
         raise ValueError(f"gate must be one of {', '.join(GATES)}, got {gate!r}")
-    if power not in (1, 2):
+    if whole(power, "power") not in (1, 2):
         raise ValueError(f"power must be 1 or 2, got {power!r}")
 
 
@@ -35,8 +36,10 @@ def check_mixed(targets: Tensor, forget_mask: Tensor, alpha: float | Tensor, gat
             f"forget_mask must be [{targets.shape[0] if targets.ndim else 0}], one entry a sample, "
             f"got {tuple(forget_mask.shape)}"
         )
-    if not isinstance(alpha, Tensor) and not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+    if not isinstance(alpha, Tensor):
+        share(alpha, "alpha")
+    elif alpha.ndim:
+        raise ValueError(f"alpha must be a number, or a tensor of one without dimensions, got {tuple(alpha.shape)}")
 
 
 def as_target(tau: float | Tensor | Target, gate: str, *, like: Tensor) -> Target:
@@ -66,7 +69,10 @@ def as_mean(tau: float | Tensor | Target) -> float | Tensor:
 
 def _checked_tau(tau: float | Tensor) -> Tensor:
     # float64: a number must not lose digits that a float64 model has.
-    tensor = tau.detach() if isinstance(tau, Tensor) else torch.as_tensor(tau, dtype=torch.float64)
+    if isinstance(tau, Tensor):
+        tensor = tau.detach()
+    else:
+        tensor = torch.as_tensor(tau if np.ndim(tau) else as_number(tau, "tau"), dtype=torch.float64)
     if tensor.ndim > 1:
         raise ValueError(f"tau must be a number or the 1-D held-out losses, got shape {tuple(tensor.shape)}")
     if tensor.numel() == 0:
@@ -139,6 +145,7 @@ def nabla_tau_terms(
     `Terms.total` is the loss and carries the gradient. Arguments and errors as in `nabla_tau_loss`.
     """
     check_mixed(targets, forget_mask, alpha, gate, power)
+    whole(ignore_index, "ignore_index", least=None)
     task = infer_task(logits, targets)
     if task != "multilabel" and serves(logits, gate):
         options = RowOptions(ignore_index, label_smoothing, checked_options(logits, label_smoothing, class_weights))
@@ -166,6 +173,7 @@ class NablaTauLoss(nn.Module):
     alpha: Tensor
     class_weights: Tensor | None
 
+    @numbers_checked
     def __init__(
         self,
         *,
@@ -200,9 +208,7 @@ class NablaTauLoss(nn.Module):
 
     def set_alpha(self, alpha: float) -> None:
         """Weight of the ascent; ValueError outside [0, 1]."""
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-        self.alpha.fill_(alpha)
+        self.alpha.fill_(share(alpha, "alpha"))
 
     def forward(self, logits: Tensor, targets: Tensor, forget_mask: Tensor) -> Tensor:
         return nabla_tau_loss(

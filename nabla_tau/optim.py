@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nabla_tau._dual import Ball, Dual, Given
+from nabla_tau.arguments import numbers_checked
 from nabla_tau.kernels.update_reference import Noise, Products, Row, Settings
 
 __all__ = ["Ball", "DualAdamW", "DualSGD", "Noise", "Products"]
@@ -36,6 +37,7 @@ class DualAdamW(Dual):
     _rule = "adamw"
     _state_names = ("exp_avg", "exp_avg_sq")
 
+    @numbers_checked
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
@@ -92,6 +94,7 @@ class DualSGD(Dual):
     _rule = "sgd"
     _state_names = ("momentum_buffer",)
 
+    @numbers_checked
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],

@@ -10,6 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from nabla_tau.arguments import check_fields
 from nabla_tau.loss import check_gate
 from nabla_tau.objective import Gate, alpha_start
 
@@ -57,6 +58,7 @@ class Recipe:
     match_classes: bool
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_gate(self.gate, self.power)
         for name in (
             "learning_rate",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nabla_tau.arguments import numbers_checked
 from nabla_tau.objective import masked_mean
 
 
@@ -25,6 +26,7 @@ def _groups(forget_mask: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]
     return (forget_mask, retain_mask) if counts is None else (forget_mask & counts, retain_mask & counts)
 
 
+@numbers_checked
 def grad_diff(
     losses: Tensor,
     forget_mask: Tensor,
@@ -38,16 +40,19 @@ def grad_diff(
     return retain_weight * masked_mean(losses, retain) - forget_weight * masked_mean(losses, forget)
 
 
+@numbers_checked
 def neg_grad_plus(losses: Tensor, forget_mask: Tensor, *, alpha: float = 0.95, counts: Tensor | None = None) -> Tensor:
     """alpha mean_r l - (1 - alpha) mean_f l: NegGrad+ (Kurmanji et al. 2023, arXiv 2302.09880)."""
     return grad_diff(losses, forget_mask, forget_weight=1 - alpha, retain_weight=alpha, counts=counts)
 
 
+@numbers_checked
 def npo_values(losses: Tensor, reference: Tensor, beta: float) -> Tensor:
     """-(2/beta) log sigmoid(-beta log(pi/pi_ref)) of entries [N], as in `npo`."""
     return 2 / beta * F.softplus(beta * (reference.detach() - losses))
 
 
+@numbers_checked
 def npo(
     losses: Tensor,
     forget_mask: Tensor,
@@ -67,11 +72,13 @@ def npo(
     return masked_mean(npo_values(losses, reference, beta), forget) + retain_weight * masked_mean(losses, retain)
 
 
+@numbers_checked
 def sim_npo_values(losses: Tensor, beta: float, delta: float) -> Tensor:
     """-(2/beta) log sigmoid(beta (l - delta)) of entries [N], as in `sim_npo`."""
     return 2 / beta * F.softplus(-beta * (losses - delta))
 
 
+@numbers_checked
 def sim_npo(
     losses: Tensor,
     forget_mask: Tensor,
@@ -89,11 +96,13 @@ def sim_npo(
     return forget_weight * saturating + retain_weight * masked_mean(losses, retain)
 
 
+@numbers_checked
 def wga_values(losses: Tensor, beta: float) -> Tensor:
     """-p^beta l of entries [N], as in `wga`."""
     return -(-beta * losses.detach()).exp() * losses
 
 
+@numbers_checked
 def wga(
     losses: Tensor,
     forget_mask: Tensor,
@@ -110,6 +119,7 @@ def wga(
     return retain_weight * masked_mean(losses, retain) + masked_mean(wga_values(losses, beta), forget)
 
 
+@numbers_checked
 def sat_imp_values(losses: Tensor, beta1: float, beta2: float) -> Tensor:
     """-p^beta1 (1 - p)^beta2 l of entries [N], as in `sat_imp`."""
     held = losses.detach()
@@ -117,6 +127,7 @@ def sat_imp_values(losses: Tensor, beta1: float, beta2: float) -> Tensor:
     return -(-beta1 * held).exp() * (-torch.expm1(-held)) ** beta2 * losses
 
 
+@numbers_checked
 def sat_imp(
     losses: Tensor,
     forget_mask: Tensor,
@@ -132,12 +143,14 @@ def sat_imp(
     return retain_weight * masked_mean(losses, retain) + masked_mean(sat_imp_values(losses, beta1, beta2), forget)
 
 
+@numbers_checked
 def adaptive_weights(losses: Tensor, exponent: float) -> Tensor:
     """l^-exponent of entries [N], without gradient: the coefficients of `sfr_on` but for their sum."""
     # A loss that underflowed to 0 would take all the weight as infinity over infinity.
     return losses.detach().clamp(min=torch.finfo(losses.dtype).tiny) ** -exponent
 
 
+@numbers_checked
 def sfr_on(
     losses: Tensor,
     forget_mask: Tensor,

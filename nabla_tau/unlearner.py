@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nabla_tau.accumulation import Accumulation, add_terms, cut_in_step
-from nabla_tau.arguments import check_kind, whole
+from nabla_tau.arguments import check_kind, numbers_checked, share, whole
 from nabla_tau.batch import (
     Batch,
     Forward,
@@ -88,6 +88,7 @@ class Unlearner:
     a plain model in several processes of which nothing is said.
     """
 
+    @numbers_checked
     def __init__(
         self,
         model: nn.Module,
@@ -165,9 +166,7 @@ class Unlearner:
 
     def set_alpha(self, alpha: float) -> None:
         """Weight of the ascent from the next step on; ValueError outside [0, 1]."""
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-        self._alpha.fill_(alpha)
+        self._alpha.fill_(share(alpha, "alpha"))
 
     def set_tau(self, tau: float | Tensor | Target) -> None:
         """Mean held-out loss, the 1-D tensor of held-out losses, or a `Target`."""

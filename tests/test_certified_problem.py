@@ -165,7 +165,7 @@ def test_a_step_contracts_by_gamma(problem):
         (lambda: LogisticRegression(feature_norm=1, l2=-1), "l2 must be at least 0"),
         (lambda: LogisticRegression(feature_norm=1), "give the diameter"),
         (lambda: RidgeRegression(feature_norm=1, target_norm=1, diameter=0.0), "diameter must be positive"),
-        (lambda: RidgeRegression(feature_norm=1, l2=1, target_norm=math.nan), "target_norm must be positive"),
+        (lambda: RidgeRegression(feature_norm=1, l2=1, target_norm=math.inf), "target_norm must be positive"),
         (lambda: LogisticRegression(feature_norm=1, l2=1, classes=1), "classes must be at least 2"),
     ],
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,11 +19,17 @@ from conftest import blobs, mlp
 import nabla_tau
 from nabla_tau import NonFiniteLossError, Unlearner, audit, digest, nabla_tau_loss, unlearn
 from nabla_tau import membership as m
+from nabla_tau.auditing import audit_signals
 from nabla_tau.certified import CertifiedLinear, LastLayer, LogisticRegression, RidgeRegression
 from nabla_tau.deletion_log import DeletionLog
 from nabla_tau.evaluation import evaluate
+from nabla_tau.functional import row_losses
+from nabla_tau.methods import METHODS
+from nabla_tau.optim import DualAdamW, DualSGD
 from nabla_tau.recipes import ASCENT
+from nabla_tau.row_objectives import grad_diff, npo
 from nabla_tau.suites import Suite
+from nabla_tau.suites.runs import compare_methods
 from nabla_tau.suites.scenarios import Scenario, split
 
 RUBBISH: dict[str, Any] = {
@@ -149,6 +157,68 @@ CALLS = {
 }
 
 
+RUN = {"forget": FORGET, "retain": RETAIN, "held_out": HELD_OUT, "seed": 0, "recipe": None, "method": "finetune"}
+RUN |= {"forward": None, "loss": None, "micro_batch_size": None, "checkpoint_every": None, "process_group": "auto"}
+NOT_ONE_NUMBER = {
+    "two": torch.ones(2),
+    "array": np.ones(3),
+    "text": "3",
+    "bool": True,
+    "nan": float("nan"),
+    "None": None,
+}
+NUMBER = re.compile(r"(int|float)( \| (Tensor|Target|None))*")
+LOSSES = {"losses": torch.rand(6), "forget_mask": MIXED["forget_mask"]}
+# Beside those of `CALLS`, functions of which every number is asked for, and is one.
+NUMERIC = {
+    "NablaTauLoss": call(nabla_tau.NablaTauLoss, tau=1.0, alpha=0.5),
+    "Recipe": call(nabla_tau.Recipe, **vars(ASCENT)),
+    "audit_signals": call(audit_signals, signals={}),
+    "compare_methods": call(compare_methods, suite=None, scenario=None),
+    "grad_diff": call(grad_diff, **LOSSES),
+    "npo": call(npo, **LOSSES, reference=torch.rand(6)),
+    "row_losses": call(row_losses, logits=MIXED["logits"], targets=MIXED["targets"]),
+    "rmia": call(m.rmia, scores=None),
+    "train_ensemble": call(m.train_ensemble),
+    "train_shadow_models": call(m.train_shadow_models),
+    "DualAdamW": call(DualAdamW, params=MODEL.parameters()),
+    "DualSGD": call(DualSGD, params=MODEL.parameters()),
+}
+
+
+@pytest.mark.parametrize("name", CALLS | NUMERIC)
+def test_what_is_not_one_number(name):
+    function, right = (CALLS | NUMERIC)[name]
+    for argument, parameter in inspect.signature(function).parameters.items():
+        if not NUMBER.fullmatch(str(parameter.annotation)):
+            continue
+        for kind, value in NOT_ONE_NUMBER.items():
+            many = argument == "tau" and kind in ("two", "array")  # the held-out losses themselves
+            if many or (value is None and "None" in parameter.annotation):
+                continue
+            with pytest.raises((TypeError, ValueError), match=rf"\b{argument}\b"):
+                function(**(right | {argument: value}))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_whose_setting_is_not_one_number(name):
+    for field in dataclasses.fields(METHODS[name]):
+        for value in NOT_ONE_NUMBER.values() if NUMBER.fullmatch(field.type) else ():
+            if value is not None or "None" not in field.type:
+                with pytest.raises(
+                    (TypeError, ValueError), match=rf"{type(METHODS[name]).__name__}: {field.name} must"
+                ):
+                    unlearn(MODEL, **(RUN | {"method": dataclasses.replace(METHODS[name], **{field.name: value})}))
+
+
+@pytest.mark.parametrize("argument", ["seed", "micro_batch_size", "checkpoint_every"])
+def test_a_run_whose_setting_is_not_one_number(argument):
+    for value in NOT_ONE_NUMBER.values():
+        if value is not None or argument == "seed":
+            with pytest.raises((TypeError, ValueError), match=f"^{argument} must be"):
+                unlearn(MODEL, **(RUN | {argument: value}))
+
+
 def tried(function: Callable[..., Any], arguments: dict[str, Any]) -> None:
     before = [p.clone() for p in MODEL.parameters()]
     with warnings.catch_warnings():
@@ -167,8 +237,6 @@ def test_an_argument_that_makes_no_sense(name):
             tried(function, right | {argument: value})
 
 
-RUN = {"forget": FORGET, "retain": RETAIN, "held_out": HELD_OUT, "seed": 0, "recipe": None, "method": "finetune"}
-RUN |= {"forward": None, "loss": None, "micro_batch_size": None, "checkpoint_every": None, "process_group": "auto"}
 NO_DATA = ["text", "ragged list", "labels out of range", "other features", "float16", "integers", "other lengths"]
 WRONG = [
     *((name, value) for name in ("forget", "retain", "held_out") for value in ["None", "no pairs", *NO_DATA]),

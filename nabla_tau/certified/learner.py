@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_tau.arguments import check_kind
+from nabla_tau.arguments import check_kind, numbers_checked
 from nabla_tau.certified import distributed
 from nabla_tau.certified.calibration import THEOREMS, Plan, check_request
 from nabla_tau.certified.certificate import Certificate, certify
@@ -43,6 +43,7 @@ class CertifiedLinear:
     Raises ValueError for settings that the theorem does not cover, here or, where they hang on the data, from `fit`.
     """
 
+    @numbers_checked
     def __init__(
         self,
         problem: LinearProblem,

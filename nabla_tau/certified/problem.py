@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nabla_tau.arguments import check_fields
 from nabla_tau.certified.calibration import Constants
 
 
@@ -27,6 +28,7 @@ class LinearProblem(ABC):
     diameter: float | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 < self.feature_norm < math.inf:
             raise ValueError(f"feature_norm must be positive and finite, got {self.feature_norm}")
         if not 0 <= self.l2 < math.inf:

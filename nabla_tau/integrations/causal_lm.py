@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nabla_tau.arguments import numbers_checked
 from nabla_tau.batch import Batch, Forward, rows_between, sample_count, split_targets
 from nabla_tau.checkpoint import check_writable
 from nabla_tau.distributed import unwrapped
@@ -151,6 +152,7 @@ def _transformer(model: nn.Module) -> Any:
     return inside.get_base_model() if hasattr(inside, "get_base_model") else inside
 
 
+@numbers_checked
 def reference_losses(model: nn.Module, data: Any, *, cache: str | Path | None = None, batch_size: int = 16) -> Tensor:
     """-log p of each sequence by the model, [N] float64 on the CPU: the sum over its tokens, which NPO compares with
     (`nabla_tau.methods.npo.NPO(reference=cache)`, `row_objectives.npo`). In eval mode, through the fused head.

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nabla_tau.arguments import share
 from nabla_tau.batch import Forward
 from nabla_tau.distributed import Ranks
 from nabla_tau.evaluation import SampleLoss, counting_losses, over_samples
@@ -30,9 +31,8 @@ class GatedLoss:
 
     def __init__(self, gate: Gate, power: int, alpha: float, alpha_end: float) -> None:
         check_gate(gate, power)
-        for name, value in (("alpha", alpha), ("alpha_end", alpha_end)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {value}")
+        share(alpha, "alpha")
+        share(alpha_end, "alpha_end")
         self.gate: Gate = gate
         self.power, self.alpha_start, self.alpha_end, self.alpha = power, alpha, alpha_end, alpha
         self.target: Target | None = None

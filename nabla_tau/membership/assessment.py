@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nabla_tau.arguments import LARGEST_SEED, positive, whole
+from nabla_tau.arguments import LARGEST_SEED, numbers_checked, positive, whole
 from nabla_tau.classes import removed_classes
 from nabla_tau.evaluation import Signals
 from nabla_tau.membership.audit_report import AuditReport, json_able
@@ -38,6 +38,7 @@ from nabla_tau.provenance import hardware
 SUBJECT = "unlearned"
 
 
+@numbers_checked
 def audit_signals(
     signals: Mapping[str, Mapping[str, Signals]],
     *,

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from nabla_tau import _C
-from nabla_tau.arguments import check_kind, whole
+from nabla_tau.arguments import check_kind, numbers_checked, whole
 from nabla_tau.membership.curve import resolution
 from nabla_tau.membership.outcome import Outcome, axes_or_new, draw_estimates
 from nabla_tau.membership.scores import Array, as_same_scores, refuse_nan
@@ -110,6 +110,7 @@ class AucBootstrap(_Paired):
         return self.auc
 
 
+@numbers_checked
 def bootstrap_auc(
     members: Mapping[str, object],
     nonmembers: Mapping[str, object],

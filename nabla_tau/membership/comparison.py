@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from nabla_tau.arguments import numbers_checked
+
 Mask = NDArray[np.bool_]
 
 
@@ -33,6 +35,7 @@ class Comparison:
     notes: tuple[str, ...]
 
 
+@numbers_checked
 def choose_comparison(
     forget_targets: NDArray[np.int64] | None,
     unseen_targets: NDArray[np.int64] | None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nabla_tau import _C
+from nabla_tau.arguments import numbers_checked
 from nabla_tau.membership.outcome import Outcome, axes_or_new, draw_estimates
 from nabla_tau.membership.scores import as_labels, as_same_scores
 
@@ -46,6 +47,7 @@ class DelongResult(Outcome):
         return ax
 
 
+@numbers_checked
 def delong_test(scores_a: object, scores_b: object, labels: object, *, confidence: float = 0.95) -> DelongResult:
     """Test of two correlated AUCs, scores [N] and [N] of the same samples, labels [N] (True: member).
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from nabla_tau.arguments import check_kind, check_seed, whole
+from nabla_tau.arguments import check_kind, check_seed, numbers_checked, whole
 from nabla_tau.batch import Batch, Forward, default_forward, tensors_of, uses_batch_statistics
 from nabla_tau.columns import rows_of
 from nabla_tau.evaluation import SampleLoss, checked_losses
@@ -63,6 +63,7 @@ class Ensemble:
         return model.eval()
 
 
+@numbers_checked
 def train_ensemble(
     make_model: Callable[[], nn.Module],
     data: Any,

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nabla_tau import _C
+from nabla_tau.arguments import numbers_checked
 from nabla_tau.membership.cells import as_cells, threads
 from nabla_tau.membership.outcome import Outcome, axes_or_new
 from nabla_tau.membership.relabelling import relabelled
@@ -72,6 +73,7 @@ class ForgettingResult(Outcome):
         return ax
 
 
+@numbers_checked
 def neurips_forgetting(
     unlearned: object,
     retrained: object,

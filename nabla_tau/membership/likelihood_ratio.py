@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaln, log_ndtr, stdtr
 
-from nabla_tau.arguments import check_kind
+from nabla_tau.arguments import check_kind, numbers_checked
 from nabla_tau.membership.attack_scores import AttackScores
 from nabla_tau.membership.cells import Array, as_cells, as_view, blocks
 from nabla_tau.membership.groups import Center, Doubles, GroupStats, two_group_stats
@@ -55,6 +55,7 @@ class LiraResult(AttackScores):
         return int(self.floored.sum())
 
 
+@numbers_checked
 def lira(
     target: object,
     stats: GroupStats,

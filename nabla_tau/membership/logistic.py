@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nabla_tau.arguments import numbers_checked
 from nabla_tau.membership.outcome import Outcome, axes_or_new, draw_estimates
 from nabla_tau.membership.scores import as_scores, clip_finite
 
@@ -41,6 +42,7 @@ class MiaResult(Outcome):
         return draw_estimates(axes_or_new(ax), found, reference=0.5)
 
 
+@numbers_checked
 def simple_mia(members: object, nonmembers: object, *, random_state: int = 0) -> MiaResult:
     """Simple membership-inference attack on one signal (a loss or an entropy; either orientation) per sample.
 

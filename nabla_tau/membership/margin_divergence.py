@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nabla_tau import _C
+from nabla_tau.arguments import numbers_checked
 from nabla_tau.membership.cells import Array, as_cells, threads
 from nabla_tau.membership.outcome import Outcome, axes_or_new
 from nabla_tau.membership.relabelling import relabelled
@@ -71,6 +72,7 @@ class KlomResult(Outcome):
         return ax
 
 
+@numbers_checked
 def klom(
     unlearned: object,
     retrained: object,

@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from nabla_tau.arguments import numbers_checked, whole
 from nabla_tau.membership.privacy import EpsilonBound, Rule, bound_of, check_levels, largest_epsilon
 from nabla_tau.membership.scores import as_labels, as_scores, refuse_nan
 
 
+@numbers_checked
 def eps_one_run(
     scores: object,
     labels: object,
@@ -104,7 +106,7 @@ def _guess_numbers(guesses: int | Sequence[int] | None, n: int) -> list[int]:
     if guesses is None:
         numbers = sorted({round(g) for g in np.geomspace(min(n, max(10, n / 100)), n, 8).tolist()})
     else:
-        numbers = [guesses] if isinstance(guesses, int) else [int(g) for g in guesses]
+        numbers = [whole(g, "guesses", least=None) for g in np.atleast_1d(guesses)]
     if not numbers or min(numbers) < 1 or max(numbers) > n:
         raise ValueError(f"guesses must be from 1 to {n}, got {numbers}")
     return numbers

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nabla_tau.arguments import numbers_checked
 from nabla_tau.membership.curve import resolution
 from nabla_tau.membership.outcome import Outcome, axes_or_new
 from nabla_tau.membership.scores import Array, as_classes, as_matrix, as_scores
@@ -108,6 +109,7 @@ def attack_r(scores: object, references: object) -> PopulationResult:
     )
 
 
+@numbers_checked
 def quantile_attack(
     scores: object,
     features: object,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nabla_tau.arguments import numbers_checked
 from nabla_tau.membership.curve import roc
 from nabla_tau.membership.outcome import Outcome, axes_or_new, draw_estimates
 from nabla_tau.membership.scores import Array, as_labels, as_scores, refuse_nan
@@ -76,6 +77,7 @@ class Rule:
         return max(_log_ratio(1 - delta - a, b) for a, b in ((self.fnr, self.fpr), (self.fpr, self.fnr)))
 
 
+@numbers_checked
 def eps_clopper_pearson(
     scores: object,
     labels: object,
@@ -118,6 +120,7 @@ def eps_clopper_pearson(
     return bound_of(best, best.epsilon(delta), None, perfect, delta, confidence, method, tests, random_state)
 
 
+@numbers_checked
 def eps_bayes(
     scores: object,
     labels: object,

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nabla_tau import _C
+from nabla_tau.arguments import numbers_checked
 from nabla_tau.membership.attack_scores import AttackScores
 from nabla_tau.membership.cells import Array, as_cells, as_group, threads
 from nabla_tau.membership.curve import roc
@@ -40,6 +41,7 @@ class RmiaResult(AttackScores):
     n_population_dropped: int
 
 
+@numbers_checked
 def rmia(
     target: object,
     references: object,

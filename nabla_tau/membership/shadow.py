@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import DataLoader
 
-from nabla_tau.arguments import check_kind, check_seed, whole
+from nabla_tau.arguments import check_kind, check_seed, numbers_checked, whole
 from nabla_tau.batch import Forward, concatenate
 from nabla_tau.evaluation import SampleLoss, evaluate
 from nabla_tau.membership.audit_report import json_able
@@ -57,6 +57,7 @@ Train = Callable[[Indices, int], nn.Module]
 Unlearn = Callable[[nn.Module, Indices, int], nn.Module]
 
 
+@numbers_checked
 def train_shadow_models(
     folder: str | os.PathLike[str],
     *,
@@ -108,6 +109,7 @@ def train_shadow_models(
     return ShadowScores.load(folder)
 
 
+@numbers_checked
 def train_shadow_ensemble(
     folder: str | os.PathLike[str],
     *,

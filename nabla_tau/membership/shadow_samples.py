@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
+from nabla_tau.arguments import numbers_checked
 from nabla_tau.fingerprint import of_source
 from nabla_tau.membership.shadow_store import Packed, ShadowScores
 from nabla_tau.sources import as_source
@@ -16,6 +17,7 @@ from nabla_tau.sources import as_source
 _BLOCK = 4096
 
 
+@numbers_checked
 def balanced_membership(models: int, samples: int, *, probability: float = 0.5, seed: int = 0) -> Packed:
     """Which model is trained on which sample, packed: uint8 [models, ceil(samples / 8)], `numpy.packbits(_, axis=1)`.
 

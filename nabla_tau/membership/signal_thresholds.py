@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nabla_tau.arguments import numbers_checked
 from nabla_tau.membership.outcome import Outcome, axes_or_new, draw_estimates
 from nabla_tau.membership.scores import Array, as_classes, as_matrix
 from nabla_tau.membership.thresholds import ThresholdAttack, class_thresholds, rule_outcome
@@ -84,6 +85,7 @@ def song_mittal_signals(outputs: object, targets: object, *, outputs_are: str = 
     return SongMittalSignals(*found)
 
 
+@numbers_checked
 def song_mittal(
     members: object,
     member_targets: object,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nabla_tau.arguments import numbers_checked
 from nabla_tau.membership.outcome import Outcome, axes_or_new, draw_estimates
 from nabla_tau.membership.scores import Array, as_matrix, as_scores, clip_finite
 
@@ -49,6 +50,7 @@ class SvcMiaResult(Outcome):
         return ax
 
 
+@numbers_checked
 def svc_mia(
     retain: object,
     test: object,

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nabla_tau.arguments import numbers_checked
 from nabla_tau.membership.attack_scores import draw_scores
 from nabla_tau.membership.bootstrap import AucBootstrap, percentile_interval
 from nabla_tau.membership.outcome import Outcome, axes_or_new, draw_estimates
@@ -87,6 +88,7 @@ def token_statistics(logits: object, targets: object) -> TokenStatistics:
     return TokenStatistics(*torch.cat(parts, 1).numpy())
 
 
+@numbers_checked
 def min_k(log_probs: object, *, k: float = 0.2, mask: object = None) -> TextScores:
     """Min-K% (Shi et al. 2024): mean of the lowest max(1, floor(k n)) log-probabilities of a text's n tokens.
 
@@ -95,6 +97,7 @@ def min_k(log_probs: object, *, k: float = 0.2, mask: object = None) -> TextScor
     return _lowest(_texts(log_probs, mask, "log_probs"), k)
 
 
+@numbers_checked
 def min_k_pp(log_probs: object, mean: object, variance: object, *, k: float = 0.2, mask: object = None) -> TextScores:
     """Min-K%++ (Zhang et al. 2025): Min-K of (log p - mean) / sqrt(max(variance, 1e-6)), all three of one shape.
 
@@ -157,6 +160,7 @@ class PrivLeakResult(Outcome):
         return ax
 
 
+@numbers_checked
 def privleak(auc: float, auc_retrained: float) -> PrivLeakResult:
     """PrivLeak of MUSE (Shi et al. 2025), 100 ((1 - AUC) - (1 - AUC_ref)) / (1 - AUC_ref), from AUCs of forgotten
     against unseen texts (higher scores mean members) of an unlearned and of a retrained model.

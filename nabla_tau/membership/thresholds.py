@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nabla_tau import _C
+from nabla_tau.arguments import numbers_checked
 from nabla_tau.membership.outcome import Outcome, axes_or_new, draw_estimates
 from nabla_tau.membership.scores import as_classes, as_labels, as_same_scores, as_scores
 
@@ -105,6 +106,7 @@ def class_thresholds(scores: object, labels: object, classes: object) -> ClassTh
     return ClassThresholds(thresholds[:-1], float(thresholds[-1]), *counts[:, :-1])
 
 
+@numbers_checked
 def yeom(
     member_losses: object,
     nonmember_losses: object,

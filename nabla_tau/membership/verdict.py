@@ -29,6 +29,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from nabla_tau.arguments import numbers_checked
 from nabla_tau.membership.bootstrap import AucBootstrap, Reference
 from nabla_tau.membership.recall import Recall
 
@@ -77,6 +78,7 @@ class Utility:
     high: float
 
 
+@numbers_checked
 def judge(
     attacks: Mapping[str, AucBootstrap],
     *,

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from nabla_tau.arguments import check_fields
 from nabla_tau.batch import Batch, to_device
 from nabla_tau.distributed import unwrapped
 from nabla_tau.evaluation import counting_losses, evaluation_mode
@@ -65,6 +66,7 @@ class SFRon:
     name: str = "sfr-on"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name, value, known in (
             ("fisher", self.fisher, ("sample", "batch")),
             ("optimizer", self.optimizer, ("sgd", "adamw")),

@@ -17,7 +17,7 @@ from torch import nn
 
 import nabla_tau
 from nabla_tau import fingerprint
-from nabla_tau.arguments import check_kind
+from nabla_tau.arguments import check_kind, numbers_checked
 from nabla_tau.checkpoint import load_checkpoint, save_checkpoint, write_atomic
 from nabla_tau.evaluation import forward_batches
 from nabla_tau.loop import DEFAULT, unlearn
@@ -68,6 +68,7 @@ def load_suite(where: str) -> Suite:
     return suite
 
 
+@numbers_checked
 def compare_methods(
     suite: Suite,
     scenario: Scenario,

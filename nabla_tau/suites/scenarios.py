@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nabla_tau.arguments import check_kind, check_seed, whole
+from nabla_tau.arguments import check_fields, check_kind, check_seed, whole
 from nabla_tau.evaluation import forward_batches
 from nabla_tau.suites.data import Data
 
@@ -26,6 +26,7 @@ class Scenario:
     amount: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.kind not in get_args(Kind):
             raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}")
         if self.kind in ("random", "mislabelled") and not 0 < self.amount < 1:
