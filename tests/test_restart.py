@@ -86,13 +86,15 @@ def test_it_is_one_cycle_of_adamw_on_fresh_weights(known):
 def test_nothing_of_the_original_and_of_the_forget_set_is_left(known):
     model, parts = known
     torch.manual_seed(9)
-    other = train(mlp(), parts["held_out"], epochs=5)
-    method = Restart(cycles=1, hopeless=-1e9)
+    worse = train(mlp(), parts["held_out"], epochs=5)
+    better = train(mlp(), parts["held_out"], epochs=40)  # as no retained samples make a model
     x, y = parts["forget"]
-    first = unlearn(model, **parts, method=method)
-    second = unlearn(other, **(parts | {"forget": (x.flip(1)[:30], (3 - y)[:30])}), method=method)
-    assert same(first.model, second.model)
-    assert not same(first.model, unlearn(model, **parts, method=method, seed=1).model)
+    others = parts | {"forget": (x.flip(1)[:30], (3 - y)[:30])}
+    first = unlearn(model, **parts)
+    assert first.method == "restart"
+    assert same(first.model, unlearn(worse, **others).model)
+    assert same(first.model, unlearn(better, **others).model), "not even by how long it is trained"
+    assert not same(first.model, unlearn(model, **parts, seed=1).model)
 
 
 def test_the_default_is_fresh_weights_that_are_as_useful(known):
@@ -112,16 +114,37 @@ def test_the_default_is_fresh_weights_that_are_as_useful(known):
     assert result.settings["attack_auc_after"] < result.settings["attack_auc_before"]
 
 
-def test_another_cycle_only_where_the_first_is_not_enough(known):
+STILL_LEARNING = Restart(min_steps=8, passes=0.1, relative_rate=0.05, cycles=3, hopeless=-1e9)
+
+
+def test_more_cycles_only_where_the_first_ended_too_soon(known):
     model, parts = known
     enough = unlearn(model, **parts, method=Restart(cycles=3))
     assert enough.settings["steps"] == 150
-    weak = Restart(min_steps=8, passes=0.1, relative_rate=0.05, cycles=3, hopeless=-1e9)
-    short = unlearn(model, **parts, method=weak)
-    assert short.settings["steps"] in (16, 24)
+    short = unlearn(model, **parts, method=STILL_LEARNING)
+    assert short.settings["steps"] == 24
     rates = short.history["learning_rate"]
-    assert max(rates[8:16]) == pytest.approx(max(rates[:8]) / 2), "each cycle begins anew, at half the peak"
-    assert rates[8] < rates[9] > rates[10]
+    assert [rate / 2 for rate in rates[:8]] == pytest.approx(rates[8:16]), "each begins anew, at half the peak"
+    assert [rate / 4 for rate in rates[:8]] == pytest.approx(rates[16:])
+    late = dataclasses.replace(STILL_LEARNING, still_learning=1.1)
+    assert unlearn(model, **parts, method=late).settings["steps"] == 8
+
+
+@pytest.mark.parametrize("step", [1, 5, 11])
+def test_it_knows_after_an_interruption_whether_it_was_still_learning(known, tmp_path, step):
+    model, parts = known
+    whole = unlearn(model, **parts, method=STILL_LEARNING)
+
+    def stop(values, at):
+        if at >= step:
+            raise KeyboardInterrupt
+
+    settings = {"method": STILL_LEARNING, "checkpoint": tmp_path / "run", "checkpoint_every": 1}
+    with pytest.raises(KeyboardInterrupt):
+        unlearn(model, **parts, **settings, log=stop)
+    resumed = unlearn(model, **parts, **settings, resume=True)
+    assert resumed.settings["steps"] == 24
+    assert same(resumed.model, whole.model)
 
 
 def test_where_fresh_weights_will_not_do_the_original_is_unlearned_gently(pretrained, tmp_path):

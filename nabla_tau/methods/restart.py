@@ -1,4 +1,4 @@
-"""Fresh weights, trained on the retained samples alone until they are as good as the original: `unlearn`'s default."""
+"""Fresh weights, trained on the retained samples alone: `unlearn`'s default."""
 
 from __future__ import annotations
 
@@ -50,12 +50,15 @@ class Restart:
     weights, as an Adam step moves every weight by about the learning rate (relative steps: You et al. 2020, arXiv
     1904.00962; Bernstein et al. 2020, arXiv 2002.03432); vectors take the median of the matrices.
 
-    passes: of the retain set in a cycle, but at least `min_steps` steps (less with larger batches). Where held-out
-    accuracy (loss, of anything but a classifier) has not come back to the original's, another cycle follows at half the
-    peak, up to `cycles` (warm restarts: Loshchilov and Hutter 2017, arXiv 1608.03983). hopeless: where a quarter of the
-    first cycle has not gone this share of the way from fresh weights to the original's, the run ends: such an original
-    knows what the retained samples cannot teach, as large pretrained models do. batch_size: an eighth of the samples at
-    most, but 16; four times as many where most weights are embeddings, which are many weights and no arithmetic.
+    passes: of the retain set in a cycle, but at least `min_steps` steps (less with larger batches). Where the last
+    three quarters of the first cycle gave more than the share `still_learning` of all the held-out accuracy (loss, of
+    anything but a classifier) that it gave, the model had not learned what it can: `cycles` - 1 more follow, each at
+    half the peak of the one before (warm restarts: Loshchilov and Hutter 2017, arXiv 1608.03983). The original has no
+    say in that: if its accuracy were what to come back to, the number of cycles would tell of its forget set.
+    hopeless: where the first quarter has not gone this share of the way from fresh weights to the original's, the run
+    ends: such an original knows what the retained samples cannot teach, as large pretrained models do. batch_size: an
+    eighth of the samples at most, but 16; four times as many where most weights are embeddings, which are many weights
+    and no arithmetic.
 
     initial: the weights before the training whose traces are to go, where it did not begin with fresh ones: those of
     the pretrained model. Otherwise parameters that are frozen stay as they are, and so do buffers of modules without a
@@ -66,6 +69,7 @@ class Restart:
     passes: float = 4
     min_steps: int = 150
     cycles: int = 2
+    still_learning: float = 0.4
     relative_rate: float = 0.1875
     warmup: float = 0.15
     hopeless: float = 0.3
@@ -100,23 +104,31 @@ class Restart:
             groups = [{"params": group, "lr": rate} for rate, group in by_rate.items()]
             return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=can_be_fused(moved))
 
-        def is_hopeless() -> bool:
-            found = usefulness(job, setup.forward_alone)
-            return judges and found.mean - untrained.mean < self.hopeless * (wanted.mean - untrained.mean)
+        at_quarter: dict[str, Tensor] = {}
 
-        def is_recovered() -> bool:
-            return not judges or usefulness(job, setup.forward_alone).reaches(wanted)
+        def is_hopeless() -> bool:
+            found = usefulness(job, setup.forward_alone).mean
+            at_quarter["usefulness"] = torch.tensor(found, dtype=torch.float64)
+            return judges and found - untrained.mean < self.hopeless * (wanted.mean - untrained.mean)
+
+        def has_learned_all() -> bool:
+            found = usefulness(job, setup.forward_alone).mean
+            gained, late = found - untrained.mean, found - float(at_quarter["usefulness"])
+            return not (gained > 0 and late > self.still_learning * gained)
 
         descent = partial(Stage, terms=terms, retain=size, training=True)
         first = self._cycle(steps)
         quarter = max(1, steps // 4)
         pilot = descent(
-            quarter, optimizer=optimizer, rate=first, begin=partial(self._begin_anew, model, setup), stop=is_hopeless
+            quarter,
+            optimizer=optimizer,
+            rate=first,
+            begin=partial(self._begin_anew, model, setup),
+            stop=is_hopeless,
+            state=at_quarter,
         )
-        rest = descent(steps - quarter, rate=lambda step: first(quarter + step), stop=is_recovered)
-        again = [
-            descent(steps, rate=self._cycle(steps, 0.5**cycle), stop=is_recovered) for cycle in range(1, self.cycles)
-        ]
+        rest = descent(steps - quarter, rate=lambda step: first(quarter + step), stop=has_learned_all)
+        again = [descent(steps, rate=self._cycle(steps, 0.5**cycle)) for cycle in range(1, self.cycles)]
         return [pilot, rest, *again]
 
     def _begin_anew(self, model: nn.Module, setup: Setup) -> None:
