@@ -48,7 +48,6 @@ VARIANTS = {
     "half the batch": dataclasses.replace(ONE, batch_size=ONE.batch_size // 2),
     "twice the batch": dataclasses.replace(ONE, batch_size=2 * ONE.batch_size),
     "no warm-up": dataclasses.replace(ONE, warmup=0.0),
-    "another cycle where wanted": DEFAULT,
 }
 GRID = {
     f"{rate:g} of the rate, {length:.2g} of the length": changed(DEFAULT, rate, length)

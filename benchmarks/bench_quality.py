@@ -1,5 +1,6 @@
 """quality: every method on the same models of images, as far from retraining as it is (`nabla-tau compare`), with the
-attacks by shadow models. rank: the same on the other suites without those, which take most of the time.
+attacks by shadow models. rank: the same on the other suites without those, which take most of the time, and without the
+default, which `defaults` has.
 
 Figures are means over three seeds, from one standard deviation below to one above. What is trained and finished is kept
 in the cache of `nabla-tau compare`, so a run that was cut off goes on where it was.
@@ -13,10 +14,11 @@ from typing import Any
 
 from record import Record
 
+from nabla_tau.loop import DEFAULT
 from nabla_tau.suites import SUITES
 from nabla_tau.suites.data import DataNotFoundError
 from nabla_tau.suites.measures import MEASURES
-from nabla_tau.suites.runs import SHADOWS, compare_methods, quick
+from nabla_tau.suites.runs import ALL, SHADOWS, compare_methods, quick
 from nabla_tau.suites.scenarios import Scenario
 from nabla_tau.suites.table import ComparisonTable
 
@@ -92,4 +94,5 @@ def run(device: str, threads: int, quickly: bool) -> Iterator[Record]:
 
 def rank(device: str, threads: int, quickly: bool) -> Iterator[Record]:
     quick_ones = [case for case in RANKED if case[0] == "digits"]
-    yield from records_of_cases(quick_ones if quickly else RANKED, device, quickly, shadows=[])
+    methods = [name for name in ALL if name != DEFAULT]
+    yield from records_of_cases(quick_ones if quickly else RANKED, device, quickly, shadows=[], methods=methods)
