@@ -37,6 +37,7 @@ def _work(rank: int, connection: Any) -> None:
                 "gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=size, timeout=TIMEOUT
             )
             try:
+                dist.barrier()  # a rank that is done while another still connects would be taken for a crashed one
                 answer = True, function(*args)
             finally:
                 dist.destroy_process_group()
@@ -50,13 +51,17 @@ class Processes:
 
     def __init__(self, most: int) -> None:
         multiprocessing.set_forkserver_preload(PRELOADED)
-        context = multiprocessing.get_context("forkserver")
+        self.context = multiprocessing.get_context("forkserver")
         self.folder = tempfile.TemporaryDirectory()
         self.numbers = itertools.count()
+        self.most = most
+        self._start()
+
+    def _start(self) -> None:
         self.connections, self.workers = [], []
-        for rank in range(most):
-            mine, theirs = context.Pipe()
-            worker = context.Process(target=_work, args=(rank, theirs), daemon=True)
+        for rank in range(self.most):
+            mine, theirs = self.context.Pipe()
+            worker = self.context.Process(target=_work, args=(rank, theirs), daemon=True)
             worker.start()
             self.connections.append(mine)
             self.workers.append(worker)
@@ -69,13 +74,19 @@ class Processes:
         answers = [pickle.loads(connection.recv_bytes()) for connection in used]
         wrong = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
         if wrong:
+            # torch counts process groups: ranks that failed at different points would never meet again.
+            self._stop()
+            self._start()
             raise RuntimeError("\n".join(wrong))
         return [value for _, value in answers]
 
     def close(self) -> None:
+        self._stop()
+        self.folder.cleanup()
+
+    def _stop(self) -> None:
         for connection, worker in zip(self.connections, self.workers, strict=True):
             connection.send_bytes(b"")
             worker.join(10)
             if worker.is_alive():
                 worker.terminate()
-        self.folder.cleanup()
