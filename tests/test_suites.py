@@ -308,9 +308,11 @@ def test_attacks_on_methods_by_shadow_models():
     def retrain(_: nn.Module, forget: Data, seed: int) -> nn.Module:
         return runs.train(partial(mlp, width=24), parts.retain, epochs=40, batch_size=64, learning_rate=1e-2, seed=seed)
 
-    def wreck(_: nn.Module, forget: Data, seed: int) -> nn.Module:
+    def wreck(model: nn.Module, forget: Data, seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        return mlp(width=24).eval()
+        for layer in (model[0], model[2]):
+            layer.reset_parameters()
+        return model
 
     untouched = shadows.ulira(nothing)
     assert shadows.ulira(wreck) > 0.95

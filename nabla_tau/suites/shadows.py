@@ -49,8 +49,9 @@ class Shadows:
         """
         halves = self._halves
         models = [self._unlearned(unlearn, self._of_halves[k], half, k + 1) for k, half in enumerate(halves)]
-        (of_first, of_second) = ([self._margins(group, half) for group in models] for half in halves)
-        return (_leave_one_out(*of_first) + _leave_one_out(*reversed(of_second))) / 2
+        # Whichever group goes first: the same scores with the other sign, for the other label.
+        first, second = (_leave_one_out(*(self._margins(group, half) for group in models)) for half in halves)
+        return (first + second) / 2
 
     def _unlearned(
         self, unlearn: Callable[[nn.Module, Data, int], nn.Module], models: list[nn.Module], forget: Data, what: int
