@@ -402,9 +402,7 @@ def test_tensors_of_another_kind_are_no_weights(tmp_path, value, text):
 
 
 def started(*arguments: str, **options) -> subprocess.Popen:
-    command = [Path(sys.executable).with_name("nabla-tau"), *arguments]
-    if not command[0].exists():
-        command = [sys.executable, "-P", "-c", "from nabla_tau.cli import main; raise SystemExit(main())", *arguments]
+    command = [sys.executable, "-m", "nabla_tau", *arguments]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     # Where these tests run in the background SIGINT is ignored, and what they start would ignore it too.
     default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
@@ -438,3 +436,11 @@ def test_letters_that_a_terminal_lacks_are_no_traceback(work):
     out, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (0, "")
     assert "Gr\\xf6\\xdfe \\u2264 3" in out
+
+
+def test_where_the_command_line_was_not_installed_it_says_so(tmp_path):
+    (tmp_path / "jsonargparse.py").write_text("raise ModuleNotFoundError('as if it were absent', name=__name__)")
+    process = started("env", cwd=tmp_path)  # -m looks there first
+    out, said = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "")
+    assert said == "nabla-tau: the command line needs jsonargparse: pip install 'nabla_tau[cli]'\n"

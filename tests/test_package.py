@@ -93,7 +93,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     licences = [name for name in names if name.endswith("LICENSE") and ".dist-info/" in name]
     assert len(licences) == 2, "of the project and of the embedded images"
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"nabla_tau"}
-    assert "nabla-tau = nabla_tau.cli:main" in entry_points
+    assert "nabla-tau = nabla_tau.__main__:main" in entry_points
 
 
 @pytest.mark.slow
