@@ -73,7 +73,8 @@ def unlearn(
     set is left, and nothing need be tuned to it. Where that cannot be, or ends far from the original's held-out
     accuracy, as of a pretrained model, nabla-tau's recipe "gentle" is run on the original weights instead, and the
     first of the result's warnings says why. initial: what the first training began with, a model or its state dict,
-    where that were not fresh weights: the pretrained model that was finetuned, which must not know the forget set.
+    where that were not fresh weights: the pretrained model that was finetuned, which must not know the forget set. How
+    far each tensor was taken from there sets its learning rate, and its result is kept, with warnings of what was lost.
 
     method: "nabla-tau" itself, or one that it is compared with: a name of `nabla_tau.methods.METHODS`, or one of its
     dataclasses with settings of your own. recipe: of nabla-tau, "ascent", "gentle", "paper" (the published settings,
@@ -174,8 +175,8 @@ def _automatic(
     begun: Path | None,
     ranks: Ranks,
 ) -> UnlearnResult:
-    """Fresh weights; and where that cannot serve the model, or falls far short of it, the gentle recipe on the original
-    weights."""
+    """Fresh weights, or those before the training where they were given; and where that cannot serve the model, or
+    fresh ones fall far short of it, the gentle recipe on the original weights."""
     second = GENTLE
     keep = inplace and ranks.parallel != "fsdp"  # which fresh weights refuse before they change anything
     original = {name: tensor.clone() for name, tensor in unwrapped(model).state_dict().items()} if keep else None
@@ -189,7 +190,7 @@ def _automatic(
         except NonFiniteLossError as error:
             attempt = Attempt(f"fresh weights failed: {error}", error.step, error.result.seconds)
         else:
-            if not outcome.regained(result.settings) < REGAINED:
+            if first.initial is not None or not outcome.regained(result.settings) < REGAINED:
                 return result
             steps = result.settings["steps"]
             reason = f"fresh weights would not do: after {steps} steps {outcome.missed(result.settings)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import re
 import warnings
 
@@ -19,7 +20,7 @@ from nabla_tau.evaluation import evaluate
 from nabla_tau.initialisation import initialise
 from nabla_tau.job import RETAIN, WEIGHTS
 from nabla_tau.membership import roc
-from nabla_tau.methods.restart import Restart
+from nabla_tau.methods.restart import Restart, Weights
 from nabla_tau.recipes import GENTLE
 from nabla_tau.sources import Stream, as_source, derive_seed
 
@@ -175,6 +176,8 @@ def test_a_finetuned_model_begins_again_with_what_it_was_finetuned_from(known, t
     assert same(result.model, unlearn(model, **parts, initial=base.state_dict()).model)
     assert not same(result.model, unlearn(model, **parts).model)
     assert unlearn(model, **parts, initial=base).settings["initial"] == result.settings["initial"] is not None
+    with pytest.raises(ValueError, match="initial has the very weights of the model"):
+        unlearn(model, **parts, initial=model)
 
     path = tmp_path / "run"
     unlearn(model, **parts, initial=base, checkpoint=path)
@@ -184,6 +187,33 @@ def test_a_finetuned_model_begins_again_with_what_it_was_finetuned_from(known, t
         unlearn(model, **parts, initial=mlp(width=9))
     with pytest.raises(ValueError, match="without method and recipe"):
         unlearn(model, **parts, initial=base, recipe="paper")
+
+
+def test_its_rate_is_how_far_each_tensor_was_taken(known):
+    model, parts = known
+    model = copy.deepcopy(model).double()
+    parts = {name: (x.double(), y) for name, (x, y) in parts.items()}
+    base = copy.deepcopy(model)
+    with torch.no_grad():
+        base[0].weight += 0.03
+        base[2].bias -= 0.01
+    result = unlearn(model, **parts, method=Restart(initial=Weights(base.state_dict()), distance=1e-3))
+    rates = result.history["learning_rate"]
+    assert len(rates) == 150, "one cycle"
+    assert max(rates) == pytest.approx(1e-3 * 0.03 / math.sqrt(150)), "of the first tensor"
+    for (name, after), before in zip(result.model.named_parameters(), base.parameters(), strict=True):
+        distance = {"0.weight": 0.03, "2.bias": 0.01}.get(name, 0)
+        furthest = sum(rates) * distance / 0.03  # AdamW moves a weight by about the rate at most
+        moved = float((after - before).detach().abs().max())
+        assert 0.1 * furthest <= moved <= 1.5 * furthest, name
+
+
+def test_a_finetuned_model_that_came_out_worse_is_kept_and_said(pretrained):
+    model, parts = pretrained
+    torch.manual_seed(4)
+    result = unlearn(model, **parts, initial=mlp())
+    assert result.method == "restart"
+    assert "held-out accuracy" in result.warnings[0]
 
 
 @pytest.mark.parametrize("steps", [5, 20, 60, 150])

@@ -61,7 +61,13 @@ class Restart:
     and no arithmetic.
 
     initial: the weights before the training whose traces are to go, where it did not begin with fresh ones: those of
-    the pretrained model. Otherwise parameters that are frozen stay as they are, and so do buffers of modules without a
+    the pretrained model. They are as far from fresh as their training took them, so the rate is taken from how far the
+    original was taken from them, the one thing that is read off its weights: one cycle, in which every tensor, vectors
+    too, has the peak rate `distance` times the root mean square of its displacement over the square root of the number
+    of steps (a random walk of such steps ends at `distance` / sqrt(3) times the displacement). What the original left
+    where it was stays there. ValueError where that is everything.
+
+    Without initial, parameters that are frozen stay as they are, and so do buffers of modules without a
     `reset_parameters`. CannotServeError (a ValueError) for a module that cannot initialise itself, or that is frozen in
     part.
     """
@@ -71,6 +77,7 @@ class Restart:
     cycles: int = 2
     still_learning: float = 0.4
     relative_rate: float = 0.1875
+    distance: float = 2
     warmup: float = 0.15
     hopeless: float = 0.3
     batch_size: int = 64
@@ -92,7 +99,7 @@ class Restart:
         size = setup.batch_size("retain", self._batch_size(setup))
         least = math.ceil(self.min_steps * min(1, self.batch_size / size))
         steps = max(least, math.ceil(self.passes * setup.batches_per_pass("retain", size)))
-        rates = self._rates(setup, dict(fresh.named_parameters()))
+        rates = self._rates(setup, dict(fresh.named_parameters()), steps)
 
         def terms(step: int, forget: Drawn, retain: Drawn) -> list[Term]:
             return [Term("retain_term", retain.batch, setup.losses)]
@@ -117,16 +124,12 @@ class Restart:
             return not (gained > 0 and late > self.still_learning * gained)
 
         descent = partial(Stage, terms=terms, retain=size, training=True)
+        begin = partial(descent, optimizer=optimizer, begin=partial(self._begin_anew, model, setup))
         first = self._cycle(steps)
+        if self.initial is not None:
+            return [begin(steps, rate=first)]
         quarter = max(1, steps // 4)
-        pilot = descent(
-            quarter,
-            optimizer=optimizer,
-            rate=first,
-            begin=partial(self._begin_anew, model, setup),
-            stop=is_hopeless,
-            state=at_quarter,
-        )
+        pilot = begin(quarter, rate=first, stop=is_hopeless, state=at_quarter)
         rest = descent(steps - quarter, rate=lambda step: first(quarter + step), stop=has_learned_all)
         again = [descent(steps, rate=self._cycle(steps, 0.5**cycle)) for cycle in range(1, self.cycles)]
         return [pilot, rest, *again]
@@ -154,10 +157,15 @@ class Restart:
         count = setup.job.data.counts["retain"]
         return max(1, min(self.batch_size * (4 if is_embedding else 1), max(16, count // 8)))
 
-    def _rates(self, setup: Setup, fresh: dict[str, nn.Parameter]) -> list[float]:
+    def _rates(self, setup: Setup, fresh: dict[str, nn.Parameter], steps: int) -> list[float]:
         """Peak learning rate of each trainable parameter."""
         names = {id(parameter): name for name, parameter in unwrapped(setup.model).named_parameters()}
         weights = [fresh[names[id(parameter)]].detach() for parameter in setup.parameters]
+        if self.initial is not None:
+            moved = [root_mean_square(p.detach() - w) for p, w in zip(setup.parameters, weights, strict=True)]
+            if not any(moved):
+                raise ValueError("initial has the very weights of the model: nothing was learned since")
+            return [self.distance * distance / math.sqrt(steps) for distance in moved]
         scales = [root_mean_square(w) if w.ndim > 1 else 0.0 for w in weights]
         known = [scale for scale in scales if scale > 0]
         if not known:
