@@ -45,6 +45,7 @@ BENCHES = {  # module and function, imported when asked for: each needs other pa
     "attacks": ("bench_defaults", "attacks"),
     "ablation": ("bench_ablation", "run"),
     "leave_one_out": ("bench_ablation", "leave_one_out"),
+    "finetuned": ("bench_finetuned", "run"),
     "demo": ("bench_demo", "run"),
     "examples": ("bench_demo", "run_examples"),
     "tofu": ("bench_tofu", "run"),
