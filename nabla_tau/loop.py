@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from nabla_tau.evaluation import SampleLoss, device_of, evaluation_mode
 from nabla_tau.history import Log
 from nabla_tau.job import GLOBAL, CannotServeError, Job
 from nabla_tau.methods import METHODS, NABLA_TAU
-from nabla_tau.methods.restart import Weights
+from nabla_tau.methods.restart import Restart, Weights
 from nabla_tau.methods.stages import Method
 from nabla_tau.preparation import prepare
 from nabla_tau.recipes import ASCENT, GENTLE, RECIPES, Recipe
@@ -169,7 +168,7 @@ def unlearn(
 
 def _automatic(
     model: nn.Module,
-    first: Method,
+    first: Restart,
     inplace: bool,
     execute: Callable[..., UnlearnResult],
     begun: Path | None,
@@ -202,11 +201,10 @@ def _automatic(
 
 def _restart(
     model: nn.Module, initial: nn.Module | Mapping[str, Tensor] | None, chosen: Method | Recipe | None
-) -> Method:
-    """`Restart`, from weights of the caller's where there are any."""
-    restart = METHODS["restart"]
+) -> Restart:
+    """The default's first attempt: from fresh weights, or from the caller's where there are any."""
     if initial is None:
-        return restart
+        return Restart()
     if chosen is not None:
         raise ValueError("initial is what the default begins with: give it without method and recipe")
     given = unwrapped(initial).state_dict() if isinstance(initial, nn.Module) else dict(initial)
@@ -215,7 +213,7 @@ def _restart(
         shapes = [tuple(state[name].shape) if name in state else None for state in (given, wanted)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"initial must be weights of this model: {name} has shape {shapes[0]}, not {shapes[1]}")
-    return replace(restart, initial=Weights({name: tensor.clone() for name, tensor in given.items()}))  # type: ignore[type-var]
+    return Restart(initial=Weights({name: tensor.clone() for name, tensor in given.items()}))
 
 
 def _chosen(method: str | Method | None, recipe: str | Recipe | None) -> Method | Recipe | None:
