@@ -7,6 +7,7 @@ import dataclasses
 import math
 import re
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -301,8 +302,7 @@ def test_frozen_layers_stay_and_attention_is_made_anew(known):
 
 def test_a_run_that_breaks_down_is_one_that_will_not_do(known, monkeypatch):
     model, parts = known
-    broken = dataclasses.replace(Restart(), relative_rate=1e30)
-    monkeypatch.setitem(unlearn.__globals__["METHODS"], "restart", broken)
+    monkeypatch.setitem(unlearn.__globals__, "Restart", partial(Restart, relative_rate=1e30))
     result = unlearn(model, **parts)
     assert result.recipe == "gentle"
     assert "fresh weights failed: a" in result.warnings[0]
