@@ -11,6 +11,7 @@ import torch
 
 from nabla_tau import nabla_tau_loss
 from nabla_tau.functional import row_losses, row_signals
+from nabla_tau.fused import mean_gradient
 from nabla_tau.linear import linear_nabla_tau_loss
 from nabla_tau.optim import Ball, DualAdamW, DualSGD, Noise
 
@@ -41,7 +42,8 @@ def main(device: str) -> None:
             ]
             for loss in losses:
                 loss.backward()
-            results = [*losses, *row_signals(logits, targets), logits.grad, hidden.grad, head.grad]
+            mean, gradient = mean_gradient(logits.detach(), targets, 1.0)
+            results = [mean, gradient, *losses, *row_signals(logits, targets), logits.grad, hidden.grad, head.grad]
             assert all(bool(result.isfinite().all()) for result in results), (rows, classes, dtype)
         for kind in (DualAdamW, DualSGD):
             start = [torch.randn(size, generator=generator, device=device).to(dtype) for size in SIZES]
@@ -51,7 +53,7 @@ def main(device: str) -> None:
             options = {"mask": mask, "noise": Noise(0.1, 1, 2), "ball": Ball(start, 1.0)}
             optimizer.step_dual(forget, retain, -0.5, 1.0, project=True, **options)
             assert all(bool(p.isfinite().all()) for p in parameters), (kind, dtype)
-    print(f"{len(SHAPES)} shapes, 2 dtypes, 7 ops and 2 optimizers on {device}: finite")
+    print(f"{len(SHAPES)} shapes, 2 dtypes, 8 ops and 2 optimizers on {device}: finite")
 
 
 if __name__ == "__main__":

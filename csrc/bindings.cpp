@@ -103,6 +103,30 @@ py::tuple gradient(const py::array& logits, const py::array& targets, const Opti
     });
 }
 
+py::tuple mean(const py::array& logits, const py::array& targets, double weight, const OptionalArray& base,
+               std::optional<double> samples, std::int64_t ignore_index, int num_threads, double label_smoothing,
+               const OptionalArray& class_weights) {
+    if (base && !samples) throw py::value_error("base needs the number of samples");
+    return dispatch_logits(logits, [&](auto* type) -> py::tuple {
+        using T = std::remove_pointer_t<decltype(type)>;
+        using Real = real_of<T>;
+        const auto rows =
+            read_rows<T>(logits, targets, {ignore_index, num_threads, label_smoothing, class_weights});
+        const auto* base_data = read_real<Real>("base", base, {rows.count});
+        const py::array result = pooled_like(logits);
+        auto* data = static_cast<T*>(py::array(result).mutable_data());
+        py::array_t<Real> value(Shape{});
+        double found;
+        {
+            const py::gil_scoped_release release;
+            check(rows);
+            found = rows_mean(rows, base_data, weight, samples.value_or(-1), data, num_threads);
+        }
+        *value.mutable_data() = static_cast<Real>(found);
+        return py::make_tuple(value, result);
+    });
+}
+
 Gate read_gate(const std::string& gate) {
     if (gate == "batch") return Gate::batch;
     if (gate == "two_sided") return Gate::two_sided;
@@ -230,6 +254,15 @@ of weight 0 get zeros, whatever their logits. Raises ValueError for a target out
         py::arg("out") = py::none(), R"(rows_forward and rows_backward with one read of the logits.
 
 weights [N], or None for ones; everything else as for those two. Returns the seven signals and the gradient.)");
+
+    m.def("rows_mean", &mean, py::arg("logits"), py::arg("targets"), py::arg("weight") = 1.0,
+          py::arg("base") = py::none(), py::arg("samples") = py::none(), py::arg("ignore_index") = -100,
+          py::arg("num_threads") = 1, py::arg("label_smoothing") = 0.0, py::arg("class_weights") = py::none(),
+          R"(weight times the mean loss of the rows that are not ignored, and its gradient, with one read of the logits.
+
+base [N] is the weight of each row within its sample; without it every row is a sample. samples: how many there are,
+which base needs; by default the rows that are not ignored. Returns the mean, of no dimension, and the gradient [N, V].
+Everything else as for rows_gradient.)");
 
     m.def("nabla_tau_rows", &fused, py::arg("logits"), py::arg("targets"), py::arg("forget"), py::arg("tau"),
           py::arg("alpha"), py::arg("gate") = "batch", py::arg("power") = 2, py::arg("base") = py::none(),

@@ -1,5 +1,7 @@
 #include "rows.h"
 
+#include <algorithm>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -79,10 +81,36 @@ void rows_backward(const Rows<T>& rows, const real_of<T>* lse, const real_of<T>*
     }
 }
 
+template <class T>
+double rows_mean(const Rows<T>& rows, const real_of<T>* base, double weight, double samples, T* gradient,
+                 int threads) {
+    using Real = real_of<T>;
+    const std::int64_t n = rows.count;
+    if (samples < 0) {
+        samples = 0;
+        for (std::int64_t i = 0; i < n; ++i) samples += rows.kept(i);
+    }
+    const double share = weight / std::max(samples, 1.0);
+    std::vector<Real> found(7 * n);
+    const auto correct = std::make_unique<bool[]>(n);
+    Real* const weights = found.data();
+    Real* const loss = weights + n;
+    for (std::int64_t i = 0; i < n; ++i) weights[i] = static_cast<Real>(base ? share * base[i] : share);
+    const RowSignals<Real> signals{loss,         loss + n,     loss + 2 * n, loss + 3 * n,
+                                   loss + 4 * n, loss + 5 * n, correct.get()};
+    rows_gradient(rows, weights, signals, gradient, threads);
+    double sum = 0;
+    for (std::int64_t i = 0; i < n; ++i) {
+        if (rows.kept(i)) sum += static_cast<double>(weights[i]) * loss[i];
+    }
+    return sum;
+}
+
 #define NABLA_TAU_ROWS(T)                                                                                          \
     template void rows_forward(const Rows<T>&, const RowSignals<real_of<T>>&, int);                                \
     template void rows_gradient(const Rows<T>&, const real_of<T>*, const RowSignals<real_of<T>>&, T*, int);        \
-    template void rows_backward(const Rows<T>&, const real_of<T>*, const real_of<T>*, const real_of<T>*, T*, int);
+    template void rows_backward(const Rows<T>&, const real_of<T>*, const real_of<T>*, const real_of<T>*, T*, int); \
+    template double rows_mean(const Rows<T>&, const real_of<T>*, double, double, T*, int);
 NABLA_TAU_ROWS(float)
 NABLA_TAU_ROWS(double)
 NABLA_TAU_ROWS(float16)

@@ -58,4 +58,10 @@ template <class T>
 void rows_gradient(const Rows<T>& rows, const real_of<T>* weights, const RowSignals<real_of<T>>& signals, T* gradient,
                    int threads);
 
+// A mean of losses and its gradient with one read of the logits: weight / samples * sum_i base_i loss_i over the rows
+// that count. base is the weight of each row within its sample; without it (null) every row is a sample. samples: how
+// many there are; below 0 the rows that count are them, which only goes without a base.
+template <class T>
+double rows_mean(const Rows<T>& rows, const real_of<T>* base, double weight, double samples, T* gradient, int threads);
+
 }  // namespace nabla_tau

@@ -224,6 +224,37 @@ def rows_gradient(
     return row_signals, gradient if out is None else out.copy_(gradient)
 
 
+def rows_mean(
+    logits: Tensor,
+    targets: Tensor,
+    weight: float = 1.0,
+    base: Tensor | None = None,
+    samples: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+) -> tuple[Tensor, Tensor]:
+    """weight / samples * sum_i base_i loss_i, 0-d, and its gradient [N, V], in one read of the logits.
+
+    base [N] in the computing dtype, the weight of a row in its sample's loss, None where each row is a sample; samples
+    0-d, None for the rows that are not ignored, which base does without.
+    """
+    if row_provider(logits) == "cpp":
+        mean, gradient = _C.rows_mean(
+            _as_numpy(logits),
+            _as_numpy(targets),
+            weight,
+            _optional_numpy(base),
+            None if samples is None else float(samples),
+            ignore_index,
+            torch.get_num_threads(),
+        )
+        return torch.from_numpy(mean), _as_gradient(gradient, logits)
+    kept = targets != ignore_index
+    count = (kept.sum() if samples is None else samples).clamp(min=1)
+    weights = (kept if base is None else base) * (weight / count).to(compute_dtype(logits))
+    signals, gradient = rows_gradient(logits, targets, weights, ignore_index)
+    return torch.dot(signals.loss, weights), gradient
+
+
 def nabla_tau_rows(
     logits: Tensor, batch: MixedRows, *, with_gradient: bool
 ) -> tuple[Tensor, Tensor, RowSignals, Tensor | None]:

@@ -32,6 +32,8 @@ def map_leaves(function: Callable[..., Any], batch: Batch, *others: Batch) -> Ba
     A leaf is a tensor or anything without tensors in it, such as a list of strings. Raises ValueError where the
     structures differ.
     """
+    if isinstance(batch, Tensor):
+        return function(batch, *others)
     if isinstance(batch, Mapping):
         if any(not isinstance(other, Mapping) or other.keys() != batch.keys() for other in others):
             raise ValueError("batches differ in their keys")
@@ -105,7 +107,8 @@ def default_forward(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def sample_count(batch: Batch) -> int:
     """Samples of a batch by its first tensor; 1 where that has no dimension."""
-    found = tensors_of(batch)
+    first = batch[0] if isinstance(batch, tuple) and batch else None
+    found = [first] if isinstance(first, Tensor) else tensors_of(batch)
     return len(found[0]) if found and found[0].ndim else 1
 
 

@@ -1,4 +1,5 @@
-"""The nabla-tau loss of a mixed batch in one call of a kernel: losses, gate, row weights and gradient.
+"""Losses and the gradient of the logits in one call of a kernel: of the nabla-tau loss of a mixed batch, with its gate
+and row weights, and of a plain mean.
 
 The gate of the paper and its relatives need one number of the whole batch, so the row weights are known as soon as the
 forget losses are: on the CPU the gradient is written in the very pass that reads the logits of the retained rows, on a
@@ -8,14 +9,16 @@ GPU the last block of the loss kernel leaves the row weights on the device and a
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nabla_tau import _library
-from nabla_tau.functional import check_labels, refuse_double_backward, samples_of_rows
-from nabla_tau.kernels.reference import RowSignals, compute_dtype
+from nabla_tau.functional import check_labels, infer_task, refuse_double_backward, samples_of_rows
+from nabla_tau.kernels.reference import IGNORE_INDEX, RowSignals, compute_dtype
 from nabla_tau.objective import Gate, Terms
 
 
@@ -79,18 +82,60 @@ def fused_terms(
         batch = _library.MixedRows(targets, forget_mask, tau, alpha, gate, power, options)
     else:
         kept = targets != options.ignore_index
-        count = kept.sum(1)
-        counts = count > 0
-        base = (kept.to(compute_dtype(logits)) / count.clamp(min=1).unsqueeze(1)).flatten()
+        counts, base = _of_tokens(kept, compute_dtype(logits))
         forget = forget_mask.unsqueeze(1).expand_as(targets).flatten()
         of_samples = (forget_mask & counts).sum(), (~forget_mask & counts).sum()
         logits = logits.flatten(0, 1)
         batch = _library.MixedRows(targets.flatten(), forget, tau, alpha, gate, power, options, base, *of_samples)
-    try:
+    with _explained(batch.targets, logits.shape[1], options.ignore_index):
         total, terms, *rows = _NablaTau.apply(logits, batch)  # type: ignore[no-untyped-call]
-    except ValueError:
-        check_labels(batch.targets, logits.shape[1], options.ignore_index)  # says it in the words of the other tasks
-        raise
     _, forget_term, forget_loss, retain_loss, gate_open = terms.unbind()
     signals = RowSignals(*rows) if kept is None else samples_of_rows(RowSignals(*rows), kept)
     return Terms(total, forget_term, forget_loss, retain_loss, gate_open), signals
+
+
+def _of_tokens(kept: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Which sequences have a loss [B], and the weight of each token in that of its sequence [B * T]; kept: [B, T]."""
+    count = kept.sum(1)
+    return count > 0, (kept.to(dtype) / count.clamp(min=1).unsqueeze(1)).flatten()
+
+
+def serves_mean(logits: Tensor, targets: Tensor) -> bool:
+    """Whether `mean_gradient` computes this batch: class labels, and a kernel for the device."""
+    labels = not targets.is_floating_point() and targets.dtype != torch.bool
+    return labels and not torch.compiler.is_compiling() and _library.row_provider(logits) != "reference"
+
+
+def mean_gradient(
+    logits: Tensor, targets: Tensor, weight: float, total: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """weight times the mean loss of the samples that have one, 0-d, and its gradient by the logits, of their shape and
+    dtype, for a batch that `serves_mean`: row weights that are known before the losses take one read of the logits,
+    and no autograd function.
+
+    total: number of samples here that have a loss, 0-d -> that of all processes, which the mean is over. logits and
+    targets as in `fused_terms`. Raises TypeError and ValueError as `infer_task`, and ValueError for a label out of
+    range (on the CPU).
+    """
+    targets, base, samples = targets.long(), None, None
+    if infer_task(logits, targets) == "sequence":
+        counts, base = _of_tokens(targets != IGNORE_INDEX, compute_dtype(logits))
+        samples = counts.sum()
+    elif total is not None:
+        samples = (targets != IGNORE_INDEX).sum()
+    if total is not None and samples is not None:
+        samples = total(samples)
+    rows, labels = logits.detach().flatten(0, -2), targets.flatten()
+    with _explained(labels, rows.shape[1], IGNORE_INDEX):
+        mean, gradient = _library.rows_mean(rows, labels, weight, base, samples)
+    return mean, gradient.view(logits.shape)
+
+
+@contextlib.contextmanager
+def _explained(targets: Tensor, classes: int, ignore_index: int) -> Iterator[None]:
+    """What a kernel refuses is said in the words of `check_labels`, as everywhere."""
+    try:
+        yield
+    except ValueError:
+        check_labels(targets, classes, ignore_index)
+        raise

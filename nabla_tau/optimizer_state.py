@@ -6,7 +6,7 @@ with its state an optimizer on the CPU would refuse to run, and with that of the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,17 +23,29 @@ def can_be_fused(parameters: list[nn.Parameter]) -> bool:
 def default_optimizer(
     parameters: list[nn.Parameter], learning_rate: float, *, capturable: bool = False
 ) -> torch.optim.Optimizer:
-    """AdamW as published (weight decay 0.01), in its fused form where the device has one.
+    """AdamW as published (weight decay 0.01)."""
+    return adamw([(parameters, learning_rate)], capturable=capturable)
 
-    capturable: with the learning rate on the device, so that a step can be captured. Fused AdamW takes that in float32,
-    which would cost a float64 model digits: such a one keeps a number.
+
+def adamw(
+    groups: Iterable[tuple[list[nn.Parameter], float]], *, capturable: bool = False, **settings: Any
+) -> torch.optim.Optimizer:
+    """torch.optim.AdamW with a learning rate for each group, in its fused form where the device has one.
+
+    capturable: with the learning rates on the device, so that a step can be captured. Fused AdamW takes them in
+    float32, which would cost a float64 model digits: such a one keeps numbers.
     """
+    groups = list(groups)
+    parameters = [parameter for own, _ in groups for parameter in own]
     fused = can_be_fused(parameters)
     capturable = capturable and fused and not any(p.dtype == torch.float64 for p in parameters)
-    rate: float | Tensor = learning_rate
-    if capturable:
-        rate = torch.tensor(learning_rate, dtype=torch.float32, device=parameters[0].device)
-    return torch.optim.AdamW(parameters, lr=rate, fused=fused, capturable=capturable)
+
+    def held(rate: float) -> float | Tensor:
+        return torch.tensor(rate, dtype=torch.float32, device=parameters[0].device) if capturable else rate
+
+    return torch.optim.AdamW(
+        [{"params": own, "lr": held(rate)} for own, rate in groups], fused=fused, capturable=capturable, **settings
+    )
 
 
 def own_options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -22,6 +23,11 @@ def now() -> str:
 
 def versions() -> dict[str, str]:
     """Of Python, the operating system and the packages that compute."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for name in PACKAGES:
         try:

@@ -1,13 +1,13 @@
 """A whole step (forward, loss, backward, update) recorded once as a CUDA graph and replayed with one launch.
 
 Everything that changes from step to step is a tensor at a fixed address: the batches are copied into buffers, and tau,
-quantiles, alpha, running rank, learning rate and step count are device tensors anyway. A graph serves one pair of batch
+quantiles, alpha, running rank, learning rate and step count are device tensors anyway. A graph serves one set of batch
 shapes; the smaller last batches of a pass get one of their own once they have come often enough, so nothing is padded
 and a replayed step is bit for bit the one that was recorded. All graphs share one pool of memory.
 
-A pair of shapes runs as it is WARM_UP times, which are ordinary steps; then it is recorded. A step is not recorded
-where that could be felt: it draws random numbers, waits for the device, or somebody watches it through hooks. Where
-recording fails the step runs as it is, from the state before the attempt: recording executes nothing on the device.
+The first WARM_UP steps on batches of some shapes are ordinary ones, the next is recorded. A step is not recorded where
+that could be felt: it draws random numbers, waits for the device, or somebody watches it through hooks. Where recording
+fails the step runs as it is, from the state before the attempt: recording executes nothing on the device.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from nabla_tau.distributed import Ranks
 
 logger = logging.getLogger("nabla_tau")
 
-WARM_UP = 3  # steps of a pair of shapes that run as they are; kernels are compiled and workspaces made in them
+WARM_UP = 3  # steps of the same shapes that run as they are; kernels are compiled and workspaces made in them
 GRAPHS = 4  # whole and last batches of both groups
-SHAPES = 64  # pairs that are counted; beyond them no pair is likely to come again
+SHAPES = 64  # sets of shapes that are counted; beyond them none is likely to come again
 CAPTURED = "captured"
 
-Step = Callable[[Batch, Batch], Sequence[Tensor]]
+Step = Callable[..., Sequence[Tensor]]
 
 
 class _Recorded(NamedTuple):
@@ -47,7 +47,7 @@ class _Recorded(NamedTuple):
 class StepGraphs:
     """Runs a step, by itself or from a graph.
 
-    step: (forget batch, retain batch) -> 0-d tensors; it must end with the optimizer's update. refused: why no step may
+    step: (batch, ...) -> 0-d tensors; it must end with the optimizer's update. refused: why no step may
     be recorded (`refusal`), None where it may. recorder: makes what records them, anew whenever they are dropped.
     settings: what else the step reads that is no tensor, such as which gate it is.
     """
@@ -73,7 +73,9 @@ class StepGraphs:
         """For a result: "captured", or "eager: " and why."""
         if self._replayed and not self._failed:
             return CAPTURED
-        return f"eager: {self._refused or self._refused_now or f'no pair of batch shapes came {WARM_UP + 1} times'}"
+        return (
+            f"eager: {self._refused or self._refused_now or f'no batches of the same shapes came {WARM_UP + 1} times'}"
+        )
 
     def drop(self) -> None:
         """Forget all graphs; what comes is recorded anew."""
@@ -84,25 +86,25 @@ class StepGraphs:
         self._state: Any = None
         self._recorder: Recorder | None = None
 
-    def __call__(self, forget: Batch, retain: Batch) -> Sequence[Tensor]:
+    def __call__(self, *batches: Batch) -> Sequence[Tensor]:
         if self._refused is None:
             self._look()
-        shapes = None if self._refused or self._refused_now else _shapes(forget, retain)
+        shapes = None if self._refused or self._refused_now else _shapes(*batches)
         if shapes is None:
-            return self._step(forget, retain)
+            return self._step(*batches)
         recorded = self._recorded.get(shapes)
         if recorded is not None:
-            torch._foreach_copy_(recorded.inputs, tensors_of((forget, retain)))
+            torch._foreach_copy_(recorded.inputs, tensors_of(batches))
             return self._replay(recorded)
         seen = self._seen.get(shapes, 0) + 1
         if len(self._recorded) == GRAPHS or (seen == 1 and len(self._seen) == SHAPES):
-            return self._step(forget, retain)
+            return self._step(*batches)
         self._seen[shapes] = seen
         if seen <= WARM_UP:
-            return self._warm_up(forget, retain, last=seen == WARM_UP)
-        recorded = self._record(forget, retain)
+            return self._warm_up(batches, last=seen == WARM_UP)
+        recorded = self._record(batches)
         if recorded is None:
-            return self._step(forget, retain)
+            return self._step(*batches)
         self._recorded[shapes] = recorded
         return self._replay(recorded)
 
@@ -114,19 +116,19 @@ class StepGraphs:
             self._watched, self._state = watched, state
             self._refused_now = _obstacle(self._model, self._optimizer)
 
-    def _warm_up(self, forget: Batch, retain: Batch, *, last: bool) -> Sequence[Tensor]:
+    def _warm_up(self, batches: tuple[Batch, ...], *, last: bool) -> Sequence[Tensor]:
         self._recorder = self._recorder or self._make_recorder()
         device = next(self._model.parameters()).device
         before = _random_states(device) if last else b""
-        found, waited = self._recorder.warm_up(lambda: self._step(forget, retain), last=last)
+        found, waited = self._recorder.warm_up(lambda: self._step(*batches), last=last)
         if last and _random_states(device) != before:
             self._refused_now = "a step draws random numbers"
         elif waited:
             self._refused_now = "the host waits for the device in a step"
         return found
 
-    def _record(self, forget: Batch, retain: Batch) -> _Recorded | None:
-        inputs = map_tensors(torch.clone, forget), map_tensors(torch.clone, retain)
+    def _record(self, batches: tuple[Batch, ...]) -> _Recorded | None:
+        inputs = [map_tensors(torch.clone, batch) for batch in batches]
         assert self._recorder is not None
         try:
             replay, metrics = self._recorder.record(lambda: torch.stack(list(self._step(*inputs))))
@@ -216,7 +218,7 @@ def _obstacle(model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
 
 
 def _shapes(*batches: Batch) -> str | None:
-    """What two batches must have in common to be served by one graph; None where none can serve them."""
+    """What batches must have in common to be served by one graph; None where none can serve them."""
 
     def describe(leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and leaf.layout == torch.strided and not leaf.requires_grad:

@@ -3,6 +3,7 @@ is and says so. On the CPU, with a stand-in for CUDA graphs (`recording.py`); wi
 
 import contextlib
 import copy
+import dataclasses
 import random
 
 import pytest
@@ -15,6 +16,7 @@ from nabla_tau import Unlearner, _library, functional, unlearn
 from nabla_tau import unlearner as module
 from nabla_tau.accumulation import Accumulation
 from nabla_tau.cuda_graph import CudaRecorder
+from nabla_tau.methods import setup, stages
 from nabla_tau.recipes import RECIPES
 from nabla_tau.step_graph import GRAPHS, WARM_UP, StepGraphs, _first_line, refusal
 
@@ -276,7 +278,7 @@ def test_batches_of_other_things_than_tensors_are_not_recorded():
     unlearner = steps_of(mlp().double(), forward=lambda model, batch: (model(batch[0]), batch[2]))
     for (x, y), (u, v) in batches(blobs, [(3, 4)] * 6):
         unlearner.step((x, ["a", "b", "c"], y), (u, ["d", "e", "f", "g"], v))
-    assert unlearner.step_graph == f"eager: no pair of batch shapes came {WARM_UP + 1} times"
+    assert unlearner.step_graph == f"eager: no batches of the same shapes came {WARM_UP + 1} times"
 
 
 def test_where_it_is_not_tried():
@@ -293,21 +295,29 @@ def test_where_it_is_not_tried():
 @pytest.fixture
 def recorded_runs(monkeypatch):
     """`unlearn` as on a GPU, all steps recorded."""
-    monkeypatch.setattr(module, "refusal", lambda *_, **__: None)
-    monkeypatch.setattr(module, "CudaRecorder", lambda _: Recorder())
+    for own in (module, setup):
+        monkeypatch.setattr(own, "refusal", lambda *_, **__: None)
+    for own in (module, stages):
+        monkeypatch.setattr(own, "CudaRecorder", lambda _: Recorder())
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_run_and_its_resumption_are_recorded_and_give_the_same_weights(recipe, recorded_runs, tmp_path, monkeypatch):
+# The default is a stage after another, "eu-k" moves some of the parameters.
+RUNS = [*({"recipe": name} for name in RECIPES), {}, {"method": "finetune"}, {"method": "eu-k"}]
+
+
+@pytest.mark.parametrize("settings", RUNS, ids=str)
+def test_a_run_and_its_resumption_are_recorded_and_give_the_same_weights(
+    settings, recorded_runs, tmp_path, monkeypatch
+):
     torch.manual_seed(0)
     model = mlp().eval()
     x, y = blobs(1300)
     parts = {"forget": (x[:60], y[:60]), "retain": (x[60:1000], y[60:1000]), "held_out": (x[1000:], y[1000:])}
     with monkeypatch.context() as context:
         context.setattr(StepGraphs, "__call__", lambda self, *batch: self._step(*batch))
-        eager = unlearn(model, **parts, recipe=recipe)
+        eager = unlearn(model, **parts, **settings)
     assert Recorder.recorded == 0
-    whole = unlearn(model, **parts, recipe=recipe)
+    whole = unlearn(model, **parts, **settings)
     assert Recorder.recorded > 0, whole.settings["step_graph"]
     assert whole.settings["step_graph"] == "captured"
     assert eager.settings["step_graph"].startswith("eager: ")
@@ -323,10 +333,46 @@ def test_a_run_and_its_resumption_are_recorded_and_give_the_same_weights(recipe,
 
     file = tmp_path / "run"
     with pytest.raises(Stopped):
-        unlearn(model, **parts, recipe=recipe, checkpoint=file, checkpoint_every=6, log=stop)
-    resumed = unlearn(model, **parts, recipe=recipe, checkpoint=file, resume=True)
+        unlearn(model, **parts, **settings, checkpoint=file, checkpoint_every=6, log=stop)
+    resumed = unlearn(model, **parts, **settings, checkpoint=file, resume=True)
     for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_method_of_which_every_step_is_another_says_so(recorded_runs):
+    x, y = blobs(1300)
+    parts = {"forget": (x[:60], y[:60]), "retain": (x[60:1000], y[60:1000]), "held_out": (x[1000:], y[1000:])}
+    result = unlearn(mlp().eval(), **parts, method="l1-sparse")
+    assert result.settings["step_graph"] == "eager: the steps of l1-sparse are not all alike"
+    assert Recorder.recorded == 0
+
+
+def test_a_stage_with_other_terms_is_recorded_anew(recorded_runs):
+    """On the same optimizer: the graph of the stage before has its terms built in."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Twice:
+        name: str = "twice"
+
+        def stages(self, setup):
+            def stage(weight, **settings):
+                return stages.Stage(
+                    10,
+                    lambda step, forget, retain: [stages.Term("retain_term", retain.batch, weight=weight)],
+                    retain=32,
+                    repeats=True,
+                    **settings,
+                )
+
+            return [stage(1.0, optimizer=lambda moved: setup.adamw([(moved, 1e-3)])), stage(-1.0)]
+
+    x, y = blobs(1300)
+    parts = {"forget": (x[:60], y[:60]), "retain": (x[60:1000], y[60:1000]), "held_out": (x[1000:], y[1000:])}
+    result = unlearn(mlp().eval(), **parts, method=Twice())
+    assert Recorder.recorded == 2
+    assert result.settings["step_graph"] == "captured"
+    assert all(value > 0 for value in result.history["retain_term"][:10])
+    assert all(value < 0 for value in result.history["retain_term"][10:])
 
 
 def test_optimizer_state_goes_from_one_device_to_the_other():

@@ -45,7 +45,9 @@ class BadTeacher:
         mixed = mixture(setup, self.batch_size, self.retain_fraction)
 
         def terms(step: int, forget: Drawn, retain: Drawn) -> list[Term]:
-            unlearned, kept = (matching(setup, t(*d), self.temperature) for t, d in ((bad, forget), (good, retain)))
+            unlearned, kept = (
+                matching(setup, t(d.batch, d.numbers), self.temperature) for t, d in ((bad, forget), (good, retain))
+            )
             return [
                 Term("forget_term", forget.batch, unlearned, mixed.share),
                 Term("retain_term", retain.batch, kept, 1 - mixed.share),

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Protocol
 
-import torch
 from torch import nn
 
 from nabla_tau.methods.setup import Setup
@@ -38,13 +36,14 @@ def descent(
     steps = max(min_steps, round(training.epochs * setup.batches_per_pass("retain", size)))
 
     def terms(step: int, forget: Drawn, retain: Drawn) -> list[Term]:
-        return [Term("retain_term", retain.batch, setup.losses)]
+        return [Term("retain_term", retain.batch)]
 
     return Stage(
         steps,
         terms,
-        partial(torch.optim.AdamW, lr=training.learning_rate, weight_decay=0.01),
+        lambda moved: setup.adamw([(moved, training.learning_rate)], weight_decay=0.01),
         retain=size,
+        repeats=True,
         rate=falling(steps, 0.1),
         training=True,
         parameters=parameters,

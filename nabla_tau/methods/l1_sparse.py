@@ -30,7 +30,7 @@ class L1Sparse:
         steps = max(1, round(self.epochs * of_pass))
 
         def terms(step: int, forget: Drawn, retain: Drawn) -> list[Term]:
-            return [Term("retain_term", retain.batch, setup.losses)]
+            return [Term("retain_term", retain.batch)]
 
         def shrink(step: int) -> None:
             penalty = self.penalty * (1 - step // of_pass * of_pass / steps)

@@ -27,7 +27,7 @@ class NegGrad:
         steps = max(1, round(self.epochs * setup.batches_per_pass("forget", size)))
 
         def terms(step: int, forget: Drawn, retain: Drawn) -> list[Term]:
-            return [Term("forget_term", forget.batch, setup.losses, -1.0)]
+            return [Term("forget_term", forget.batch, weight=-1.0)]
 
         optimizer = partial(torch.optim.SGD, lr=self.learning_rate, momentum=0.9)
 
@@ -53,8 +53,8 @@ class NegGradPlus:
 
         def terms(step: int, forget: Drawn, retain: Drawn) -> list[Term]:
             return [
-                Term("forget_term", forget.batch, setup.losses, self.alpha - 1),
-                Term("retain_term", retain.batch, setup.losses, self.alpha),
+                Term("forget_term", forget.batch, weight=self.alpha - 1),
+                Term("retain_term", retain.batch, weight=self.alpha),
             ]
 
         def stay_near(step: int) -> None:

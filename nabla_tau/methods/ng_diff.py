@@ -36,8 +36,8 @@ class NGDiff:
 
         def terms(step: int, forget: Drawn, retain: Drawn) -> list[Term]:
             return [
-                Term("forget_term", forget.batch, setup.losses),
-                Term("retain_term", retain.batch, setup.losses),
+                Term("forget_term", forget.batch),
+                Term("retain_term", retain.batch),
             ]
 
         optimizer = partial(torch.optim.AdamW, lr=self.learning_rate, weight_decay=0.01)

@@ -30,7 +30,7 @@ def relabelling(setup: Setup, relabel: Relabel, optimizer: Optimizer, *, epochs:
 
         return [
             Term("forget_term", forget.batch, values, mixed.share),
-            Term("retain_term", retain.batch, setup.losses, 1 - mixed.share),
+            Term("retain_term", retain.batch, weight=1 - mixed.share),
         ]
 
     steps = max(1, round(epochs * mixed.steps))

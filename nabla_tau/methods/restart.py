@@ -20,7 +20,6 @@ from nabla_tau.initialisation import initialise
 from nabla_tau.job import CannotServeError
 from nabla_tau.methods.setup import Setup
 from nabla_tau.methods.stages import Drawn, Stage, Term
-from nabla_tau.optimizer_state import can_be_fused
 from nabla_tau.outcome import has_learned, usefulness
 
 
@@ -102,14 +101,14 @@ class Restart:
         rates = self._rates(setup, dict(fresh.named_parameters()), steps)
 
         def terms(step: int, forget: Drawn, retain: Drawn) -> list[Term]:
-            return [Term("retain_term", retain.batch, setup.losses)]
+            return [Term("retain_term", retain.batch)]
 
         def optimizer(moved: list[nn.Parameter]) -> torch.optim.Optimizer:
             by_rate: dict[float, list[nn.Parameter]] = {}
             for parameter, rate in zip(moved, rates, strict=True):
                 by_rate.setdefault(rate, []).append(parameter)
-            groups = [{"params": group, "lr": rate} for rate, group in by_rate.items()]
-            return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=can_be_fused(moved))
+            groups = [(group, rate) for rate, group in by_rate.items()]
+            return setup.adamw(groups, betas=BETAS, weight_decay=0.0)
 
         at_quarter: dict[str, Tensor] = {}
 
@@ -123,7 +122,7 @@ class Restart:
             gained, late = found - untrained.mean, found - float(at_quarter["usefulness"])
             return not (gained > 0 and late > self.still_learning * gained)
 
-        descent = partial(Stage, terms=terms, retain=size, training=True)
+        descent = partial(Stage, terms=terms, retain=size, training=True, repeats=True)
         begin = partial(descent, optimizer=optimizer, begin=partial(self._begin_anew, model, setup))
         first = self._cycle(steps)
         if self.initial is not None:

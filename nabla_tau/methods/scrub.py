@@ -53,11 +53,16 @@ class Scrub:
 
         def leave(step: int, forget: Drawn, retain: Drawn) -> list[Term]:
             return [
-                Term("forget_term", forget.batch, matching(setup, of_forget(*forget), self.temperature), -1.0),
+                Term(
+                    "forget_term",
+                    forget.batch,
+                    matching(setup, of_forget(forget.batch, forget.numbers), self.temperature),
+                    -1.0,
+                ),
             ]
 
         def stay(step: int, forget: Drawn, retain: Drawn) -> list[Term]:
-            teacher = of_retain(*retain)
+            teacher = of_retain(retain.batch, retain.numbers)
 
             def values(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
                 logits, targets = setup.forward(model, batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -13,9 +13,11 @@ from nabla_tau.batch import Batch, to_device
 from nabla_tau.distributed import local_tensor, unwrapped
 from nabla_tau.evaluation import counting_losses, device_of, evaluation_mode, forward_batches, over_samples
 from nabla_tau.job import WEIGHTS, CannotServeError, Job
+from nabla_tau.optimizer_state import adamw
 from nabla_tau.performance import Performance
 from nabla_tau.sample_norms import fisher_diagonal
 from nabla_tau.sources import LoaderSource, Source, derive_seed
+from nabla_tau.step_graph import refusal
 from nabla_tau.unlearner import trainable_parameters
 
 Name = Literal["forget", "retain", "held_out"]
@@ -24,7 +26,8 @@ KEPT_BYTES = 2**30  # outputs of the original model beyond this are computed aga
 
 
 class Setup:
-    """A job as its methods see it. parameters: the trainable ones. warnings: what to tell the user."""
+    """A job as its methods see it. parameters: the trainable ones. refused: why no step may be captured on a GPU, None
+    where it may. warnings: what to tell the user."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -32,6 +35,9 @@ class Setup:
         self.parameters = trainable_parameters(job.model)
         self.device = device_of(job.model)
         self.performance = Performance(job.model, job.forward, job.performance)
+        self.refused = refusal(
+            self.parameters, self.device, performance=job.performance, ranks=job.ranks, micro_batch_size=None
+        )
         self.warnings: list[str] = []
         self._said: dict[str, Any] = {}
 
@@ -43,7 +49,7 @@ class Setup:
         return self.performance.forward_alone(model, batch)
 
     def losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The loss of each sample [n], and which count [n]: `values` of a term that minimises their mean."""
+        """The loss of each sample [n], and which count [n]."""
         return counting_losses(self.job.loss, *self.forward(model, batch))
 
     def source(self, name: Name) -> Source:
@@ -62,6 +68,10 @@ class Setup:
             while size > 1 and count % size == 1:
                 size += 1
         return size
+
+    def adamw(self, groups: Iterable[tuple[list[nn.Parameter], float]], **settings: Any) -> torch.optim.Optimizer:
+        """torch.optim.AdamW, of parameters with a learning rate each, whose steps can be captured where any can."""
+        return adamw(groups, capturable=self.refused is None, **settings)
 
     def generator(self, what: int = 0) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(self.job.seed, WEIGHTS, what))

@@ -126,7 +126,7 @@ class SFRon:
             name = updates[step][1]
             if name in fast:
                 return [fast[name](drawn, cosine(step))]
-            return [Term("retain_term", drawn.batch, setup.losses)]
+            return [Term("retain_term", drawn.batch)]
 
         def gradient(step: int) -> None:
             if updates[step][1] in fast:

@@ -21,37 +21,47 @@ from torch import Tensor, nn
 
 from nabla_tau.accumulation import stand_in, take_gradients
 from nabla_tau.batch import Batch, Forward, sample_count, to_device, without_trace
+from nabla_tau.cuda_graph import CudaRecorder
+from nabla_tau.evaluation import counting_losses
+from nabla_tau.fused import mean_gradient, serves_mean
 from nabla_tau.history import History
 from nabla_tau.job import FORGET, LEARN, RETAIN, CannotServeError, Done, Job
 from nabla_tau.methods.setup import Setup
+from nabla_tau.optimizer_state import load_state, own_options, set_learning_rate
 from nabla_tau.preparation import Prepared
 from nabla_tau.sources import Source, Stream
+from nabla_tau.step_graph import StepGraphs
 
 TERMS = ("forget_term", "retain_term", "learn_term")  # the last where a stage has something to learn
 ROLES = {"forget": FORGET, "retain": RETAIN, "learn": LEARN}
 
 
-class Drawn(NamedTuple):
-    """A batch on the model's device, and which samples of the data set it holds, [n]; None where only a DataLoader
-    knows."""
+class Drawn:
+    """A batch on the model's device."""
 
-    batch: Batch
-    numbers: Tensor | None
+    def __init__(self, batch: Batch, stream: Stream | None = None) -> None:
+        self.batch, self._stream = batch, stream
+
+    @property
+    def numbers(self) -> Tensor | None:
+        """Which samples of the data set it holds, [n] on the CPU, until the next batch is drawn; None where only a
+        DataLoader knows."""
+        return None if self._stream is None else self._stream.numbers()
 
 
-NOTHING = Drawn((), None)
+NOTHING = Drawn(())
 
 
 class Term(NamedTuple):
     """weight * sum_i w_i v_i / sum_i w_i over the samples of all processes.
 
     name: of `TERMS`, its column in the history. values: (model, batch) -> v [n] with gradient and w [n] >= 0 without
-    (a bool tensor where samples only count or not).
+    (a bool tensor where samples only count or not); None for the samples' losses, of those that have one.
     """
 
     name: str
     batch: Batch
-    values: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
+    values: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]] | None = None
     weight: float = 1.0
 
 
@@ -63,9 +73,10 @@ class Stage:
     """steps: how many. terms: (step of the stage, forget batch, retain batch) -> what it minimises; NOTHING
     where `forget` or `retain`, the samples a step, is 0. learn: a third data set and the samples a step, of which
     `terms` gets a third batch. draws: step -> which of "forget", "retain" and "learn" it takes a batch of, NOTHING of
-    the others; None for all. optimizer: of the parameters, with its learning rate; None to go on with that of the
-    stage before. rate: step -> factor on that. training: train mode instead of eval mode. parameters: those that move,
-    None for all.
+    the others; None for all. repeats: whether `terms` is the same for every step and hangs on the batches alone, not on
+    their numbers, and nothing else is done to gradients and weights: on a GPU such steps are captured (`step_graph`).
+    optimizer: of the parameters, with its learning rate; None to go on with that of the stage before. rate: step ->
+    factor on that. training: train mode instead of eval mode. parameters: those that move, None for all.
 
     begin: before the first step. gradient: between backward and update, on .grad. combine: instead of adding the
     gradients of the terms up, gets one list a term and gives the list to step along. after: after an update. stop:
@@ -80,6 +91,7 @@ class Stage:
     retain: int = 0
     learn: tuple[Source, int] | None = None
     draws: Callable[[int], Container[str]] | None = None
+    repeats: bool = False
     rate: Callable[[int], float] = lambda step: 1.0
     training: bool = False
     parameters: list[nn.Parameter] | None = None
@@ -114,9 +126,8 @@ class StagedSteps:
         self.setup = Setup(job)
         self.warnings: list[str] = self.setup.warnings
         self._entered = -1  # the stage whose optimizer this is
-        self._optimizer: torch.optim.Optimizer = torch.optim.SGD(self.setup.parameters, lr=0)  # of no steps
         self._streams: dict[str, Stream] = {}
-        self._rates: list[float] = []
+        self._use(torch.optim.SGD(self.setup.parameters, lr=0))  # of no steps
         with without_trace(job.model):
             self.stages = method.stages(self.setup)
         # The first step of each stage, and then the number of all.
@@ -137,6 +148,12 @@ class StagedSteps:
     def forward(self) -> Forward | None:
         return self.setup.forward_alone
 
+    @property
+    def _step_graph(self) -> str:
+        if self.setup.refused is None and not any(stage.repeats for stage in self.stages):
+            return f"eager: the steps of {self.method.name} are not all alike"
+        return self._graphs.said
+
     def begin(self) -> dict[str, float]:
         return {"tau_before": float(self.job.target(self.forward, 0).mean)}
 
@@ -150,12 +167,12 @@ class StagedSteps:
         stage = self.stages[index]
         self._entered = index
         self.job.model.train(stage.training)
+        self._looked = False  # at what can be rewritten in this mode
         if begin and stage.begin is not None:
             with torch.no_grad():
                 stage.begin()
         if stage.optimizer is not None:
-            self._optimizer = stage.optimizer(stage.parameters or self.parameters)
-            self._rates = [float(group["lr"]) for group in self._optimizer.param_groups]
+            self._use(stage.optimizer(stage.parameters or self.parameters))
         for name, (source, size) in stage.sets(self.job.data).items():
             if size:
                 (own,) = self.job.batch_sizes(size)
@@ -163,6 +180,18 @@ class StagedSteps:
                 self._streams[name] = stream = self.job.stream(source, own, ROLES[name])
                 if went is not None and begin:  # the passes go on through the stages
                     stream.load_state_dict({"passes": went.passes + 1, "position": 0})
+
+    def _use(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer, self._own_options = optimizer, own_options(optimizer)
+        self._rates = [float(group["lr"]) for group in optimizer.param_groups]
+        self._graphs = StepGraphs(
+            self._repeated,
+            self.job.model,
+            optimizer,
+            refused=self.setup.refused,
+            recorder=lambda: CudaRecorder(self.setup.device),
+            settings=lambda: (self.stages[self._entered].terms,),
+        )
 
     def _advance(self, step: int) -> None:
         """Enter the stages that begin with or before this step."""
@@ -175,27 +204,57 @@ class StagedSteps:
     def step(self, step: int) -> Done:
         self._advance(step)
         stage, optimizer = self.stages[self._entered], self._optimizer
-        assert stage.terms is not None
         own = step - self._starts[self._entered]
         wanted = None if stage.draws is None else stage.draws(own)
         every = [
             self._draw(name) if size and (wanted is None or name in wanted) else NOTHING
             for name, (_, size) in stage.sets(self.job.data).items()
         ]
-        drawn = [given for given in every if given is not NOTHING]
+        batches = [given.batch for given in every if given is not NOTHING]
         for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * stage.rate(own)
-        optimizer.zero_grad(set_to_none=True)
-        self.setup.performance.look(drawn[0].batch)
+            set_learning_rate(group, rate * stage.rate(own))
+        if not self._looked:
+            self.setup.performance.look(batches[0])
+            self._looked = sample_count(batches[0]) > 0
+        values = self._graphs(*batches) if stage.repeats else self._update(own, every)
+        parts = dict(zip(self._names, values, strict=True))
+        if stage.after is not None:
+            with torch.no_grad():
+                stage.after(own)
+        if stage.stop is not None and own + 1 == stage.steps and stage.stop():
+            self.count = step + 1
+        metrics = {"loss": values[0] if len(values) == 1 else torch.stack(list(values)).sum(), **parts}
+        known = {name: float("nan") for name in self._terms if name not in parts}
+        known |= {"learning_rate": self._rates[0] * stage.rate(own), "stage": float(self._entered)}
+        return Done(metrics, known, sum(map(sample_count, batches)))
+
+    def _draw(self, name: str) -> Drawn:
+        stream = self._streams[name]
+        return Drawn(to_device(stream.next(), self.setup.device), stream)
+
+    def _repeated(self, *batches: Batch) -> list[Tensor]:
+        """A step of a stage that `repeats`: on a GPU a function of tensors, which may be captured and not be called
+        again."""
+        given = iter(batches)
+        sets = self.stages[self._entered].sets(self.job.data)
+        return self._update(0, [Drawn(next(given)) if size else NOTHING for _, size in sets.values()])
+
+    def _update(self, own: int, every: Sequence[Drawn]) -> list[Tensor]:
+        """Gradient and update; the values of the terms, of which `_names` has the names."""
+        stage, model = self.stages[self._entered], self.job.model
+        assert stage.terms is not None
+        for parameter in self.parameters:
+            parameter.grad = None
+        batches = [given.batch for given in every if given is not NOTHING]
         apart: list[list[Tensor | None]] = []
         parts: dict[str, Tensor] = {}
         terms = stage.terms(own, *every)
         for position, term in enumerate(terms, 1):
             last = stage.combine is not None or position == len(terms)
-            value = self._backward(term, [given.batch for given in drawn], last=last)
+            value = self._backward(term, batches, last=last)
             parts[term.name] = parts[term.name] + value if term.name in parts else value
             if stage.combine is not None:
-                apart.append(take_gradients(self.job.model, self.parameters, self.job.ranks))
+                apart.append(take_gradients(model, self.parameters, self.job.ranks))
         if stage.combine is None:
             self.job.ranks.finish(self.parameters)
         else:
@@ -203,21 +262,9 @@ class StagedSteps:
                 parameter.grad = gradient
         if stage.gradient is not None:
             stage.gradient(own)
-        optimizer.step()
-        if stage.after is not None:
-            with torch.no_grad():
-                stage.after(own)
-        if stage.stop is not None and own + 1 == stage.steps and stage.stop():
-            self.count = step + 1
-        metrics = {"loss": torch.stack(list(parts.values())).sum(), **parts}
-        known = {name: float("nan") for name in self._terms if name not in parts}
-        known |= {"learning_rate": float(optimizer.param_groups[0]["lr"]), "stage": float(self._entered)}
-        return Done(metrics, known, sum(sample_count(given.batch) for given in drawn))
-
-    def _draw(self, name: str) -> Drawn:
-        batch = to_device(self._streams[name].next(), self.setup.device)
-        numbers = self._streams[name].numbers()
-        return Drawn(batch, None if numbers is None else numbers.to(self.setup.device))
+        self._optimizer.step()
+        self._names = tuple(parts)
+        return list(parts.values())
 
     def _backward(self, term: Term, batches: Sequence[Batch], *, last: bool) -> Tensor:
         """The gradient of a term added to .grad; its value over all processes, 0-d."""
@@ -227,13 +274,28 @@ class StagedSteps:
         piece = term.batch if own else stand_in(*batches)
         trace = contextlib.nullcontext() if own else without_trace(model)
         with trace, ranks.gradients_stay(model, not last), self.setup.performance.active():
-            # What `values` knows of single samples is of the rank's own: of a stand-in any output will do.
-            values, weights = term.values(model, piece) if own else self._of_no_weight(piece)
-            weights = weights.detach().to(values)
-            total = ranks.total(weights.sum()).clamp(min=torch.finfo(values.dtype).tiny)
+            if not own:  # what `values` knows of single samples is of the rank's own: of a stand-in any output will do
+                found = self._of_no_weight(piece)
+            elif term.values is not None:
+                found = term.values(model, piece)
+            else:
+                logits, targets = self.setup.forward(model, piece)
+                if self.job.loss is None and serves_mean(logits, targets):
+                    total = None if ranks.size == 1 else self._total
+                    value, gradient = mean_gradient(logits, targets, term.weight * ranks.averaging, total)
+                    logits.backward(gradient)  # type: ignore[no-untyped-call]
+                    return self._total(value) / ranks.averaging
+                found = counting_losses(self.job.loss, logits, targets)
+            values, weights = found[0], found[1].detach().to(found[0])
+            total = self._total(weights.sum()).clamp(min=torch.finfo(values.dtype).tiny)
             torch.autograd.backward(values, weights.clamp(min=0) * (term.weight * ranks.averaging / total))
         weighted = torch.where(weights > 0, values.detach() * weights, 0.0)
-        return term.weight * ranks.total(weighted.sum() / total)
+        return self._total(term.weight * weighted.sum() / total)
+
+    def _total(self, value: Tensor) -> Tensor:
+        """Sum over the ranks, which may have found it in different dtypes: one without samples knows none."""
+        ranks = self.job.ranks
+        return value if ranks.size == 1 else ranks.total(value.double())
 
     def _of_no_weight(self, piece: Batch) -> tuple[Tensor, Tensor]:
         logits = self.setup.forward(self.job.model, piece)[0]
@@ -252,6 +314,7 @@ class StagedSteps:
             **{f.name: getattr(self.method, f.name) for f in dataclasses.fields(self.method) if f.repr},  # type: ignore[arg-type]
             "steps": self.count,
             "stages": len(self.stages),
+            "step_graph": self._step_graph,
             **self.setup.settings(),
         }
 
@@ -272,7 +335,7 @@ class StagedSteps:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.count = state["count"]
-        self._optimizer.load_state_dict(state["optimizer"])
+        load_state(self._optimizer, self._own_options, state["optimizer"])
         for name, at in state["streams"][self.job.ranks.rank if self.job.sharded else 0].items():
             self._streams[name].load_state_dict(at)
         for stage, kept in zip(self.stages, state["kept"], strict=True):

@@ -69,7 +69,7 @@ class UGCLU(SFRon):
         share = learn.count / sum(source.count for source in (learn, *unlearn))
 
         def learning(drawn: Drawn, c: float) -> Term:
-            return Term("learn_term", drawn.batch, setup.losses, share * self.learn_alpha)
+            return Term("learn_term", drawn.batch, weight=share * self.learn_alpha)
 
         fast = {"forget": self.unlearning(setup, 1 - share)} if unlearn else {}
         return [self.fast_and_slow(setup, mask, fast | {"learn": learning}, learn)]

@@ -59,12 +59,12 @@ class UNSIR:
             rows = rows[setup.job.ranks.share.of(own)]
             mine = (noise[rows].to(setup.device), labels[rows].to(setup.device))
             return [
-                Term("forget_term", mine, setup.losses, share),
-                Term("retain_term", retain.batch, setup.losses, 1 - share),
+                Term("forget_term", mine, weight=share),
+                Term("retain_term", retain.batch, weight=1 - share),
             ]
 
         def repair(step: int, forget: Drawn, retain: Drawn) -> list[Term]:
-            return [Term("retain_term", retain.batch, setup.losses)]
+            return [Term("retain_term", retain.batch)]
 
         def pass_of(retain_size: int) -> int:
             return max(1, round(setup.batches_per_pass("retain", retain_size) * retained / count))

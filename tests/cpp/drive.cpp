@@ -2,6 +2,7 @@
 // buffers of exactly the size they need, and with a check that results are finite and alike at any number of threads.
 // That they are right is what the tests in Python are for.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -144,6 +145,14 @@ void drive_rows(const Batch<T>& batch, bool finite) {
                 rows_gradient(own, batch.weights.data(), out.signals(), out.gradient.data(), threads);
             });
         }
+    }
+    const double share = 1.0 / static_cast<double>(std::max<std::int64_t>(batch.count, 1));
+    const std::vector<Real> base(batch.count, Real(share));
+    for (const Real* of_rows : {static_cast<const Real*>(nullptr), base.data()}) {
+        at_any_threads(batch, finite, "mean", [&](Output<T>& out, int threads) {
+            const double samples = of_rows ? 3 : -1;
+            out.terms[0] = Real(rows_mean(batch.rows(0, false), of_rows, 0.5, samples, out.gradient.data(), threads));
+        });
     }
     for (const Gate gate : {Gate::batch, Gate::two_sided, Gate::sample}) {
         for (const double tau : {-1.0, 50.0}) {
