@@ -7,6 +7,8 @@ which tensor is decided in `_library.py`.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -30,60 +32,73 @@ def refuse_double_backward() -> None:
 
 
 class _Rows(torch.autograd.Function):
-    """Loss and signals of each row, of which the loss is differentiable: the row-weighted gradient comes from the saved
-    normalisers."""
+    """The loss of each row of some signals, [N], as a function of the logits: the row-weighted gradient comes from the
+    saved normalisers. One output, since each costs as much as a small kernel."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        targets: Tensor,
-        ignore_index: int,
-        label_smoothing: float,
-        class_weights: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        signals = _library.rows_forward(logits, targets, ignore_index, label_smoothing, class_weights)
-        ctx.mark_non_differentiable(*signals[1:])
-        ctx.save_for_backward(logits, targets, signals.lse, signals.margin, class_weights)
-        ctx.options = ignore_index, label_smoothing
-        return tuple(signals)
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, signals: RowSignals, options: _library.RowOptions) -> Tensor:
+        ctx.save_for_backward(logits, targets, signals.lse, signals.margin, options.class_weights)
+        ctx.options = options
+        return signals.loss
 
     @staticmethod
-    def backward(ctx: Any, weights: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         logits, targets, lse, margin, class_weights = ctx.saved_tensors
-        ignore_index, label_smoothing = ctx.options
-        options = ignore_index, label_smoothing, class_weights
-        return _library.rows_backward(logits, targets, lse, margin, weights, *options), None, None, None, None
+        options = ctx.options.ignore_index, ctx.options.label_smoothing, class_weights
+        return _library.rows_backward(logits, targets, lse, margin, weights, *options), None, None, None
 
 
 class _MultilabelRows(torch.autograd.Function):
     """As `_Rows`, for the mean binary cross-entropy over the labels of a row."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        signals = _library.multilabel_forward(logits, targets)
-        ctx.mark_non_differentiable(*signals[1:])
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, signals: RowSignals) -> Tensor:
         ctx.save_for_backward(logits, targets)
-        return tuple(signals)
+        return signals.loss
 
     @staticmethod
-    def backward(ctx: Any, weights: Tensor, *_: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, weights: Tensor) -> tuple[Tensor, None, None]:
         refuse_double_backward()
         logits, targets = ctx.saved_tensors
-        return _library.multilabel_backward(logits, targets, weights), None
+        return _library.multilabel_backward(logits, targets, weights), None, None
 
 
 def _rows(
     logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, class_weights: Tensor | None
 ) -> RowSignals:
-    op: Any = _library.rows_forward_op if torch.compiler.is_compiling() else _Rows.apply
-    return RowSignals(*op(logits, targets, ignore_index, label_smoothing, class_weights))
+    options = _library.RowOptions(ignore_index, label_smoothing, class_weights)
+    if torch.compiler.is_compiling():
+        return RowSignals(*_library.rows_forward_op(logits, targets, *options))
+    with explained(targets, logits.shape[1], ignore_index):
+        signals = _library.rows_forward(logits, targets, *options)
+    if not wants_gradient(logits):
+        return signals
+    loss = _Rows.apply(logits, targets, signals, options)  # type: ignore[no-untyped-call]
+    return signals._replace(loss=loss)
 
 
 def _multilabel_rows(logits: Tensor, targets: Tensor) -> RowSignals:
-    op: Any = _library.multilabel_forward_op if torch.compiler.is_compiling() else _MultilabelRows.apply
-    return RowSignals(*op(logits, targets))
+    if torch.compiler.is_compiling():
+        return RowSignals(*_library.multilabel_forward_op(logits, targets))
+    signals = _library.multilabel_forward(logits, targets)
+    if not wants_gradient(logits):
+        return signals
+    return signals._replace(loss=_MultilabelRows.apply(logits, targets, signals))  # type: ignore[no-untyped-call]
+
+
+def wants_gradient(logits: Tensor) -> bool:
+    return logits.requires_grad and torch.is_grad_enabled()
+
+
+@contextlib.contextmanager
+def explained(targets: Tensor, classes: int, ignore_index: int) -> Iterator[None]:
+    """Around a kernel that looks at the labels itself: what it refuses is said in the words of `check_labels`."""
+    try:
+        yield
+    except ValueError:
+        check_labels(targets, classes, ignore_index)
+        raise
 
 
 def checked_options(logits: Tensor, label_smoothing: float, class_weights: Tensor | None) -> Tensor | None:
@@ -105,8 +120,8 @@ def checked_options(logits: Tensor, label_smoothing: float, class_weights: Tenso
 def check_rows(logits: Tensor, targets: Tensor, ignore_index: int) -> None:
     """Raise TypeError or ValueError unless logits [N, V] are floating and targets [N] are labels of them.
 
-    The values of the targets are looked at only on the CPU: on a GPU that would make the host wait in every step
-    (`unlearn` looks at them once, before the first step).
+    The values of the targets are looked at only on the CPU, where C++ kernels serve by these: on a GPU that would make
+    the host wait in every step (`unlearn` looks at them once, before the first step).
     """
     check_kind(logits, Tensor, "logits")
     check_kind(targets, Tensor, "targets")
@@ -119,7 +134,8 @@ def check_rows(logits: Tensor, targets: Tensor, ignore_index: int) -> None:
         raise ValueError(
             f"logits must be [rows, classes] and targets [rows], got {tuple(logits.shape)} and {tuple(targets.shape)}"
         )
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling() and targets.numel():
+    looked_at = targets.device.type == "cpu" and not torch.compiler.is_compiling() and targets.numel() > 0
+    if looked_at and _library.row_provider(logits) != "cpp":
         check_labels(targets, logits.shape[1], ignore_index)
 
 

@@ -9,15 +9,20 @@ GPU the last block of the loss kernel leaves the row weights on the device and a
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nabla_tau import _library
-from nabla_tau.functional import check_labels, infer_task, refuse_double_backward, samples_of_rows
+from nabla_tau.functional import (
+    explained,
+    infer_task,
+    refuse_double_backward,
+    samples_of_rows,
+    wants_gradient,
+)
 from nabla_tau.kernels.reference import IGNORE_INDEX, RowSignals, compute_dtype
 from nabla_tau.objective import Gate, Terms
 
@@ -31,12 +36,12 @@ def serves(logits: Tensor, gate: Gate) -> bool:
 
 
 class _NablaTau(torch.autograd.Function):
+    """The total of what `_library.nabla_tau_rows` found for a batch, 0-d, as a function of the logits. One output, and
+    few arguments: each costs as much as a small kernel."""
+
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, batch: _library.MixedRows) -> tuple[Tensor, ...]:
-        # Scaled by 1/n a float16 gradient would underflow before a gradient scaler could lift it.
-        early = ctx.needs_input_grad[0] and logits.dtype != torch.float16
-        terms, weights, signals, gradient = _library.nabla_tau_rows(logits, batch, with_gradient=early)
-        total = terms[0].clone()
+    def forward(ctx: Any, logits: Tensor, batch: _library.MixedRows, found: tuple[Any, ...]) -> Tensor:
+        terms, weights, signals, gradient = found
         if gradient is not None:
             ctx.save_for_backward(gradient)
         else:
@@ -44,19 +49,21 @@ class _NablaTau(torch.autograd.Function):
                 logits, batch.targets, signals.lse, signals.margin, weights, batch.options.class_weights
             )
         ctx.early, ctx.options = gradient is not None, batch.options
-        ctx.mark_non_differentiable(terms, *signals)
-        return total, terms, *signals
+        total: Tensor = terms[0].clone()
+        return total
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         if ctx.early:
             (gradient,) = ctx.saved_tensors
             # A look at a CPU scalar is free, a pass over the gradient is not.
-            return gradient if upstream.item() == 1 else gradient * upstream.to(gradient), None
-        logits, targets, lse, margin, weights, class_weights = ctx.saved_tensors
-        options = ctx.options.ignore_index, ctx.options.label_smoothing, class_weights
-        return _library.rows_backward(logits, targets, lse, margin, weights * upstream, *options), None
+            found = gradient if upstream.item() == 1 else gradient * upstream.to(gradient)
+        else:
+            logits, targets, lse, margin, weights, class_weights = ctx.saved_tensors
+            options = ctx.options.ignore_index, ctx.options.label_smoothing, class_weights
+            found = _library.rows_backward(logits, targets, lse, margin, weights * upstream, *options)
+        return found, None, None
 
 
 def fused_terms(
@@ -87,11 +94,16 @@ def fused_terms(
         of_samples = (forget_mask & counts).sum(), (~forget_mask & counts).sum()
         logits = logits.flatten(0, 1)
         batch = _library.MixedRows(targets.flatten(), forget, tau, alpha, gate, power, options, base, *of_samples)
-    with _explained(batch.targets, logits.shape[1], options.ignore_index):
-        total, terms, *rows = _NablaTau.apply(logits, batch)  # type: ignore[no-untyped-call]
-    _, forget_term, forget_loss, retain_loss, gate_open = terms.unbind()
-    signals = RowSignals(*rows) if kept is None else samples_of_rows(RowSignals(*rows), kept)
-    return Terms(total, forget_term, forget_loss, retain_loss, gate_open), signals
+    learns = wants_gradient(logits)
+    # Scaled by 1/n a float16 gradient would underflow before a gradient scaler could lift it.
+    early = learns and logits.dtype != torch.float16
+    with explained(batch.targets, logits.shape[1], options.ignore_index):
+        found = _library.nabla_tau_rows(logits, batch, with_gradient=early)
+    terms, _, signals, _ = found
+    total, *parts = terms.unbind()
+    if learns:
+        total = _NablaTau.apply(logits, batch, found)  # type: ignore[no-untyped-call]
+    return Terms(total, *parts), signals if kept is None else samples_of_rows(signals, kept)
 
 
 def _of_tokens(kept: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -126,16 +138,6 @@ def mean_gradient(
     if total is not None and samples is not None:
         samples = total(samples)
     rows, labels = logits.detach().flatten(0, -2), targets.flatten()
-    with _explained(labels, rows.shape[1], IGNORE_INDEX):
+    with explained(labels, rows.shape[1], IGNORE_INDEX):
         mean, gradient = _library.rows_mean(rows, labels, weight, base, samples)
     return mean, gradient.view(logits.shape)
-
-
-@contextlib.contextmanager
-def _explained(targets: Tensor, classes: int, ignore_index: int) -> Iterator[None]:
-    """What a kernel refuses is said in the words of `check_labels`, as everywhere."""
-    try:
-        yield
-    except ValueError:
-        check_labels(targets, classes, ignore_index)
-        raise

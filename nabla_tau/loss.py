@@ -79,7 +79,7 @@ def _checked_tau(tau: float | Tensor) -> Tensor:
         raise ValueError("tau needs at least one held-out loss, got none")
     # Looking makes the host wait on a GPU, and breaks the graph of a compiler.
     looked_at = tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-    if looked_at and not bool(tensor.isfinite().all()):
+    if looked_at and not (math.isfinite(tensor) if tensor.ndim == 0 else bool(tensor.isfinite().all())):
         raise ValueError(f"tau must be finite, got {tau}")
     return tensor if tensor.is_floating_point() else tensor.double()
 

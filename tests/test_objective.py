@@ -122,8 +122,9 @@ def test_target_is_mean_and_quantiles_of_the_held_out_losses():
 
 
 def test_integer_weights_are_repetitions():
-    losses = torch.rand(200, dtype=torch.float64)
-    weights = torch.randint(0, 4, (200,))
+    generator = torch.Generator().manual_seed(0)
+    losses = torch.rand(200, dtype=torch.float64, generator=generator)
+    weights = torch.randint(0, 4, (200,), generator=generator)
     weighted = target_from_losses(losses, weights)
     repeated = target_from_losses(losses.repeat_interleave(weights))
     assert weighted.mean.item() == pytest.approx(repeated.mean.item())
