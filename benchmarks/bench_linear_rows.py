@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from record import Record, peak_mb, records_of, timings
+from record import Record, peak_mb, records_of, seconds_of, timings
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -212,4 +212,4 @@ def run(device: str, threads: int, quick: bool) -> Iterator[Record]:
                 note="skipped: needs a GPU",
             )
     for case in cases:
-        yield from measure(make_batch(*case, device), seconds=1 if quick else 20, threads=threads)
+        yield from measure(make_batch(*case, device), seconds=seconds_of(device, quick, 20), threads=threads)

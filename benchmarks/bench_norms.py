@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from record import Record, peak_mb, records_of, timings
+from record import Record, peak_mb, records_of, seconds_of, timings
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -128,7 +128,7 @@ def run(device: str, threads: int, quick: bool) -> Iterator[Record]:
         model, (inputs, targets) = make(quick)
         runs = providers(model.to(device).eval(), (inputs.to(device), targets.to(device)))
         peaks = {provider: peak_mb(call, device) for provider, call in runs.items()}
-        found = timings(runs, seconds=1 if quick else 20, device=device)
+        found = timings(runs, seconds=seconds_of(device, quick, 20), device=device)
         yield from records_of(
             found, baseline="plain", peaks=peaks, bench="norms", case=f"{name} {len(inputs)}", device=device,
             dtype="float32", threads=threads,

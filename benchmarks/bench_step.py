@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from record import Record, peak_mb, records_of, timings
+from record import Record, peak_mb, records_of, seconds_of, timings
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -202,7 +202,7 @@ def scaling(device: str, threads: int, quick: bool) -> Iterator[Record]:
             cut = round(fraction * total)
             model = like.model().to(device).eval()
             steps[f"{fraction:.0%}"] = engine(model, Workload(name, like.model, (x[:cut], y[:cut]), (x[cut:], y[cut:])))
-        found = timings(steps, seconds=1 if quick else 20, device=device, queued=False)
+        found = timings(steps, seconds=seconds_of(device, quick, 20), device=device, queued=False)
         for fraction, timing in found.items():
             yield Record(
                 bench="step",
@@ -220,13 +220,11 @@ def scaling(device: str, threads: int, quick: bool) -> Iterator[Record]:
 
 
 def run(device: str, threads: int, quick: bool) -> Iterator[Record]:
-    fractions = (0.15,) if quick else (0.03, 0.15, 0.30)
+    fractions = (0.15,) if quick or device == "cuda" else (0.03, 0.15, 0.30)  # which change nothing on a GPU
     makers: list[Callable[[float], Workload]] = [fashion_cnn, table_mlp]
     if device == "cuda":
-        makers = [cifar_resnet, *makers]
+        makers = [cifar_resnet, small_gpt(2**15), small_gpt(2**17), *makers]
     found = [make(fraction) for make in makers for fraction in fractions]
-    if device == "cuda":  # what they cost does not depend on the share
-        found += [small_gpt(words)(0.15) for words in (2**15, 2**17)]
     for on_host in found:
         torch.manual_seed(0)
         model, work = on_host.model().to(device).eval(), on_host.on(device)
@@ -241,7 +239,7 @@ def run(device: str, threads: int, quick: bool) -> Iterator[Record]:
         }
         if device == "cuda":
             steps["nabla_tau, not captured"] = engine(copy.deepcopy(model), work, captured=False)
-        times = timings(steps, seconds=1 if quick else 20, device=device, queued=False)
+        times = timings(steps, seconds=seconds_of(device, quick, 20), device=device, queued=False)
         peaks = {name: peak_mb(step, device) for name, step in steps.items()}
         for baseline in ("as published", "plain"):
             yield from records_of(

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from record import Record, graphed, peak_mb, records_of, timings
+from record import Record, graphed, peak_mb, records_of, seconds_of, timings
 from torch import Tensor
 
 from nabla_tau.optim import Ball, DualAdamW, Noise
@@ -153,4 +153,4 @@ def measure(name: str, *, seconds: float, threads: int, device: str, graph: bool
 def run(device: str, threads: int, quick: bool) -> Iterator[Record]:
     for name in ("small CNN",) if quick else MODELS:
         for graph in (False, True) if device == "cuda" else (False,):
-            yield from measure(name, seconds=0.5 if quick else 8, threads=threads, device=device, graph=graph)
+            yield from measure(name, seconds=seconds_of(device, quick, 8), threads=threads, device=device, graph=graph)

@@ -1,24 +1,37 @@
 #!/usr/bin/env bash
 # Everything worth doing on a machine with a GPU, in one command of less than nine minutes:
-#     bash benchmarks/gpu.sh OUTDIR
+#     bash benchmarks/gpu.sh OUTDIR [STEP...]
 # Ceilings, tests, compute-sanitizer on small shapes, all kernel benchmarks. OUTDIR gets log.txt, summary.txt and the CSVs.
-# A step that fails or outlasts its limit is named at the end, and in the exit code; the others run all the same.
+# A step that fails or outlasts its limit is named at the end, and in the exit code; the others run all the same. STEP:
+# these alone, after the build, to do again what failed: ceilings, tests, small_shapes, memcheck, racecheck, step,
+# descent, norms, update, linear_rows, rows.
 # Not here: tofu, which needs transformers, weights, data and four minutes by itself, and lm_memory (transformers).
 # Needs python3 with torch, triton, numpy, scikit-learn, setuptools, pybind11 and pytest, and a C++17 compiler; no network.
 # Without a GPU it runs the same steps in small on the CPU, to see that they run; those figures mean nothing.
 set -uo pipefail
+[ $# -ge 1 ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
+only=("${@:2}")
+for name in "${only[@]}"; do
+  [[ " ceilings tests small_shapes memcheck racecheck step descent norms update linear_rows rows " == *" $name "* ]] ||
+    { echo "no step is called $name" >&2; exit 2; }
+done
 root=$PWD site=$(mktemp -d) failed=() until=$((SECONDS + 530))
 trap 'rm -rf "$site"' EXIT
 : >"$out/log.txt"
 
 say() { echo "$*" | tee -a "$out/log.txt"; }
 
+wanted() { # NAME
+  [ ${#only[@]} -eq 0 ] || [ "$1" = build ] || [[ " ${only[*]} " == *" $1 "* ]]
+}
+
 # step NAME SECONDS COMMAND...
 step() {
   local name=$1 limit=$2 left=$((until - SECONDS)) start=$SECONDS code
   shift 2
+  wanted "$name" || return 0
   ((limit < left)) || limit=$left
   say "== $name"
   if ((limit < 5)); then
@@ -45,7 +58,7 @@ finish() {
   {
     echo "device $device, $SECONDS s; failed: ${failed[*]:-nothing}"
     grep -hE '^==.*(done|FAILED|left out)|passed|ERROR SUMMARY|RACECHECK SUMMARY' "$out/log.txt"
-    grep -hE '^(ceilings|rows|linear_rows|update|norms|step) .*(nabla_tau|copy|matmul)' "$out/log.txt"
+    grep -hE '^(ceilings|rows|linear_rows|update|norms|step|descent) .*(nabla_tau|copy|matmul)' "$out/log.txt"
   } | tee "$out/summary.txt"
   exit $((${#failed[@]} > 0))
 }
@@ -66,7 +79,7 @@ cd "$site" || exit 2
 
 bench ceilings 30
 tests=()
-for name in gpu rows_triton update_triton gram_triton multilabel_triton linear_rows performance gradients library loss objective row_objectives numerics rows_cpp; do
+for name in gpu mean_gradient rows_triton update_triton gram_triton multilabel_triton linear_rows performance gradients library loss objective row_objectives numerics rows_cpp; do
   [ -f "$root/tests/test_$name.py" ] && tests+=("$root/tests/test_$name.py")
 done
 parallel=() # compiling the kernels takes longer than running them
@@ -89,7 +102,8 @@ for tool in memcheck racecheck; do
   fi
 done
 
-bench step 70
+bench step 120
+bench descent 80
 bench norms 40
 bench update 60
 bench linear_rows 110

@@ -65,6 +65,12 @@ class Timing(NamedTuple):
     p80: float
 
 
+def seconds_of(device: str, quick: bool, on_cpu: float) -> float:
+    """How long a case is measured. On a GPU a step takes milliseconds and nobody else is on the machine, whose time is
+    scarce: two seconds are some hundred turns."""
+    return min(1.0, on_cpu / 15) if quick else 2.0 if device == "cuda" else on_cpu
+
+
 def timings(
     providers: Mapping[str, Callable[[], object]], *, seconds: float, device: str, queued: bool = True
 ) -> dict[str, Timing]:

@@ -37,6 +37,7 @@ BENCHES = {  # module and function, imported when asked for: each needs other pa
     "shadow": ("bench_shadow", "run"),
     "step": ("bench_step", "run"),
     "scaling": ("bench_step", "scaling"),
+    "descent": ("bench_descent", "run"),
     "unlearn": ("bench_unlearn", "run"),
     "course": ("bench_course", "run"),
     "quality": ("bench_quality", "run"),

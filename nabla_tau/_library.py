@@ -252,7 +252,7 @@ def rows_mean(
     count = (kept.sum() if samples is None else samples).clamp(min=1)
     weights = (kept if base is None else base) * (weight / count).to(compute_dtype(logits))
     signals, gradient = rows_gradient(logits, targets, weights, ignore_index)
-    return torch.dot(signals.loss, weights), gradient
+    return (signals.loss * weights).sum(), gradient
 
 
 def nabla_tau_rows(

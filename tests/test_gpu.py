@@ -11,16 +11,21 @@ from conftest import blobs, mlp
 from torch import nn
 
 from nabla_tau import Unlearner, nabla_tau_loss, preparation, unlearn
+from nabla_tau.distributed import Ranks
 from nabla_tau.functional import row_losses, row_signals, sample_losses, sample_signals
+from nabla_tau.fused import mean_gradient
 from nabla_tau.gradients import ONE, DualGradients
+from nabla_tau.job import Job
 from nabla_tau.kernels import reference
 from nabla_tau.linear import linear_nabla_tau_loss
+from nabla_tau.methods import Finetune
+from nabla_tau.methods.stages import StagedSteps
 from nabla_tau.optim import Ball, DualAdamW, DualSGD, Noise
 from nabla_tau.prefetch import PrefetchedSource
 from nabla_tau.recipes import RECIPES
 from nabla_tau.sample_norms import sample_gradient_norms
 from nabla_tau.sources import as_source
-from nabla_tau.step_graph import WARM_UP
+from nabla_tau.step_graph import WARM_UP, StepGraphs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 
@@ -195,6 +200,69 @@ def test_a_captured_run_is_resumed_here_and_on_the_cpu(resumed_on, tmp_path, exa
             assert torch.equal(a, b)
         else:  # in bfloat16 there, in float32 here
             torch.testing.assert_close(a, b.cpu(), rtol=0, atol=0.05)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("settings", [{}, {"method": "finetune"}, {"method": "eu-k"}], ids=str)
+@pytest.mark.parametrize("make", [mlp, lambda: nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 4))])
+def test_captured_stages_are_those_that_were_not(make, settings, monkeypatch, exact_sums):
+    """Training with norms that learn, from one stage to the next."""
+    torch.manual_seed(0)
+    model, parts = make().cuda(), in_parts()
+    captured = unlearn(model, **parts, **settings)
+    assert captured.settings["step_graph"] == "captured"
+    monkeypatch.setattr(StepGraphs, "__call__", lambda self, *batches: self._step(*batches))
+    eager = unlearn(model, **parts, **settings)
+    assert eager.settings["step_graph"].startswith("eager: ")
+    for a, b in zip(captured.model.state_dict().values(), eager.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_step_of_a_stage_never_makes_the_host_wait():
+    model, parts = mlp().cuda(), in_parts()
+    job = Job(
+        model,
+        preparation.prepare(
+            model,
+            **parts,
+            forward=None,
+            loss=None,
+            retain_is_unseen=False,
+            seed=0,
+            ranks=Ranks(),
+            sharded=False,
+            performance="auto",
+        ),
+        Ranks(),
+        False,
+        None,
+        None,
+        0,
+        micro_batch_size=None,
+        process_group=None,
+        performance="auto",
+    )
+    steps = StagedSteps(Finetune(batch_size=94), job)
+    for step in range(WARM_UP + 1):
+        steps.step(step)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        done = steps.step(WARM_UP + 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert done.metrics["loss"].isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(64, 10), (33, 1003), (5, 7, 257)], ids=str)
+def test_a_mean_and_its_gradient_are_those_of_the_cpu(shape, dtype):
+    logits, targets = (3 * torch.randn(shape)).to(dtype), torch.randint(shape[-1], shape[:-1])
+    targets.view(-1)[::3] = -100
+    here, there = mean_gradient(logits, targets, 0.7), mean_gradient(logits.cuda(), targets.cuda(), 0.7)
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-5}.get(dtype, 1e-2)
+    for a, b in zip(here, there, strict=True):
+        torch.testing.assert_close(a, b.cpu(), rtol=tolerance, atol=tolerance * 1e-2)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

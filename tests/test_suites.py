@@ -323,6 +323,10 @@ def test_attacks_on_methods_by_shadow_models():
     assert shadows.ruli(nothing) > shadows.control + 0.15
     assert abs(shadows.ulira(retrain) - 0.5) < 0.15
     assert abs(shadows.ruli(retrain) - 0.5) < 0.06
+    assert shadows.cut_short(1.0) == shadows.control
+    assert shadows.cut_short(0.25) > shadows.control + 0.15
+    with pytest.raises(ValueError, match="epochs of a training that is cut short must be at least 1, got 0"):
+        shadows.cut_short(0.001)
 
 
 def test_ruli_gives_each_model_its_own_half():

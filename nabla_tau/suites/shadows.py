@@ -4,6 +4,7 @@ unlearned told from what was never seen?"""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from nabla_tau.arguments import whole
 from nabla_tau.evaluation import evaluate
 from nabla_tau.membership.curve import roc
 from nabla_tau.membership.ensemble import Ensemble, train_ensemble
@@ -38,8 +40,7 @@ class Shadows:
         """AUC at which U-LiRA (Hayes et al. 2024, arXiv 2403.01218) tells the answers on the forget samples of models
         that unlearned them from those of retrained models, each attacked by means of all others. 0.5 for exact
         unlearning, but for chance: see `control`. unlearn: (model, which it may change, forget, seed) -> model."""
-        unlearned = self._unlearned(unlearn, self._originals, self.parts.forget, 0)
-        return _leave_one_out(self._margins(unlearned, self.parts.forget), self._retrained)
+        return self._against_retrained(self._unlearned(unlearn, self._originals, self.parts.forget, 0))
 
     def ruli(self, unlearn: Callable[[nn.Module, Data, int], nn.Module]) -> float:
         """AUC at which samples that a model was trained on and unlearned are told from those that it never saw, where
@@ -64,7 +65,17 @@ class Shadows:
     @functools.cached_property
     def control(self) -> float:
         """The AUC of an exact method: other retrained models in place of the unlearned ones."""
-        return _leave_one_out(self._margins(self._fit(self.parts.retain, 3), self.parts.forget), self._retrained)
+        return self._against_retrained(self._fit(self.parts.retain, 3))
+
+    def cut_short(self, share: float) -> float:
+        """The AUC of retraining itself, ended after a share of its epochs: how much of what U-LiRA finds is the length
+        of a training, and nothing of the forget set."""
+        whole(round(share * self.suite.epochs), "epochs of a training that is cut short", least=1)
+        shorter = dataclasses.replace(self.suite, epochs=round(share * self.suite.epochs))
+        return self._against_retrained(self._fit(self.parts.retain, 3, shorter))
+
+    def _against_retrained(self, models: list[nn.Module]) -> float:
+        return _leave_one_out(self._margins(models, self.parts.forget), self._retrained)
 
     @functools.cached_property
     def _originals(self) -> list[nn.Module]:
@@ -86,8 +97,8 @@ class Shadows:
         pools = [tuple(map(torch.cat, zip(self.parts.retain, half, strict=True))) for half in self._halves]
         return [self._fit((x, y), 5 + k) for k, (x, y) in enumerate(pools)]
 
-    def _fit(self, data: Data, what: int) -> list[nn.Module]:
-        suite, found = self.suite, list[nn.Module]()
+    def _fit(self, data: Data, what: int, suite: Suite | None = None) -> list[nn.Module]:
+        suite, found = suite or self.suite, list[nn.Module]()
         assert suite.shadow is not None
         for start in range(0, self.models, AT_ONCE):
             ensemble: Ensemble = train_ensemble(
