@@ -38,6 +38,17 @@ def rows_gradient(
     class_weights: _Real | None = None,
     out: _Logits | None = None,
 ) -> tuple[_Real, _Real, _Real, _Real, _Real, _Real, NDArray[np.bool_], _Logits]: ...
+def rows_mean(
+    logits: _Logits,
+    targets: NDArray[np.int64],
+    weight: float = 1.0,
+    base: _Real | None = None,
+    samples: float | None = None,
+    ignore_index: int = -100,
+    num_threads: int = 1,
+    label_smoothing: float = 0.0,
+    class_weights: _Real | None = None,
+) -> tuple[_Real, _Logits]: ...
 def nabla_tau_rows(
     logits: _Logits,
     targets: NDArray[np.int64],

@@ -281,9 +281,9 @@ class StagedSteps:
             else:
                 logits, targets = self.setup.forward(model, piece)
                 if self.job.loss is None and serves_mean(logits, targets):
-                    total = None if ranks.size == 1 else self._total
-                    value, gradient = mean_gradient(logits, targets, term.weight * ranks.averaging, total)
-                    logits.backward(gradient)  # type: ignore[no-untyped-call]
+                    of_all = None if ranks.size == 1 else self._total
+                    value, gradient = mean_gradient(logits, targets, term.weight * ranks.averaging, of_all)
+                    torch.autograd.backward(logits, gradient)
                     return self._total(value) / ranks.averaging
                 found = counting_losses(self.job.loss, logits, targets)
             values, weights = found[0], found[1].detach().to(found[0])
