@@ -41,8 +41,11 @@ def attacks(device: str, threads: int, quickly: bool) -> Iterator[Record]:
         if record.case.endswith((": ulira", ": ruli")):
             yield record
     for name, scenario in cases:
+        suite = SUITES[name]
+        if (suite.device == "cuda") != (device == "cuda"):
+            continue
         try:
-            yield from cut_short(quick(SUITES[name]) if quickly else SUITES[name], scenario, device, threads)
+            yield from cut_short(quick(suite) if quickly else suite, scenario, device, threads)
         except DataNotFoundError as error:
             print(f"{name}: left out: {error}", file=sys.stderr)
 

@@ -107,6 +107,7 @@ py::tuple mean(const py::array& logits, const py::array& targets, double weight,
                std::optional<double> samples, std::int64_t ignore_index, int num_threads, double label_smoothing,
                const OptionalArray& class_weights) {
     if (base && !samples) throw py::value_error("base needs the number of samples");
+    if (samples && !(*samples >= 0)) throw py::value_error("samples must not be negative, got " + std::to_string(*samples));
     return dispatch_logits(logits, [&](auto* type) -> py::tuple {
         using T = std::remove_pointer_t<decltype(type)>;
         using Real = real_of<T>;

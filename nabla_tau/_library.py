@@ -250,7 +250,7 @@ def rows_mean(
         return torch.from_numpy(mean), _as_gradient(gradient, logits)
     kept = targets != ignore_index
     count = (kept.sum() if samples is None else samples).clamp(min=1)
-    weights = (kept if base is None else base) * (weight / count).to(compute_dtype(logits))
+    weights = (kept if base is None else base) * (weight / count.to(compute_dtype(logits)))
     signals, gradient = rows_gradient(logits, targets, weights, ignore_index)
     return (signals.loss * weights).sum(), gradient
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from nabla_tau import _library
 from nabla_tau.arguments import check_kind, share, whole
@@ -70,7 +71,7 @@ def _rows(
     options = _library.RowOptions(ignore_index, label_smoothing, class_weights)
     if torch.compiler.is_compiling():
         return RowSignals(*_library.rows_forward_op(logits, targets, *options))
-    with explained(targets, logits.shape[1], ignore_index):
+    with torch.no_grad(), explained(targets, logits.shape[1], ignore_index):
         signals = _library.rows_forward(logits, targets, *options)
     if not wants_gradient(logits):
         return signals
@@ -81,14 +82,16 @@ def _rows(
 def _multilabel_rows(logits: Tensor, targets: Tensor) -> RowSignals:
     if torch.compiler.is_compiling():
         return RowSignals(*_library.multilabel_forward_op(logits, targets))
-    signals = _library.multilabel_forward(logits, targets)
+    with torch.no_grad():
+        signals = _library.multilabel_forward(logits, targets)
     if not wants_gradient(logits):
         return signals
     return signals._replace(loss=_MultilabelRows.apply(logits, targets, signals))  # type: ignore[no-untyped-call]
 
 
 def wants_gradient(logits: Tensor) -> bool:
-    return logits.requires_grad and torch.is_grad_enabled()
+    """Whether an autograd function is to be called: also for forward-mode derivatives, which it refuses."""
+    return (logits.requires_grad and torch.is_grad_enabled()) or getattr(forward_ad, "_current_level", -1) >= 0
 
 
 @contextlib.contextmanager

@@ -16,8 +16,15 @@ OWN = ("capturable", "fused", "foreach")
 
 
 def can_be_fused(parameters: list[nn.Parameter]) -> bool:
-    """Whether torch.optim has an AdamW of one kernel for them."""
-    return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+    """Whether torch.optim has an AdamW of one kernel for them. It walks over memory, so it would write between the rows
+    of a parameter that is a part of a larger tensor."""
+    return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() and _is_dense(p) for p in parameters)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its entries lie side by side, in whatever order."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.numel() == 0 or reach + 1 == tensor.numel()
 
 
 def default_optimizer(

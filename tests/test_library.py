@@ -3,9 +3,12 @@ checkpointing do around it."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -152,6 +155,28 @@ def test_double_backward_is_refused(task):
     for loss in (nabla_tau_loss(logits, targets, FORGET, tau=9.0, alpha=0.3), sample_losses(logits, targets).sum()):
         with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
             torch.autograd.grad(loss, logits, create_graph=True)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("graded", [torch.enable_grad, torch.no_grad])
+def test_a_derivative_in_forward_mode_is_refused_and_not_left_away(task, graded):
+    logits, targets = batch(task)
+    for loss in (partial(nabla_tau_loss, forget_mask=FORGET, tau=9.0, alpha=0.3), sample_losses):
+        with graded(), forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+            loss(forward_ad.make_dual(logits, torch.ones_like(logits)), targets)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_signals_hold_no_graph_whatever_computes_them(task, monkeypatch):
+    monkeypatch.setattr(_library, "row_provider", lambda _: "reference")
+    logits, targets = batch(task)
+    logits.requires_grad_()
+    for found in (
+        differentiable_signals(logits, targets),
+        nabla_tau_terms(logits, targets, FORGET, tau=9.0, alpha=0.3)[1],
+    ):
+        assert found.loss.requires_grad
+        assert not any(signal.requires_grad for signal in found[1:])
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -64,15 +64,18 @@ def test_it_is_no_worse_than_torch_in_the_same_precision(task, dtype):
         assert error <= 1.05 * other + torch.finfo(dtype).eps * wanted.abs().max()
 
 
-def test_the_implementations_agree(monkeypatch):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("total", [None, lambda own: own + 2], ids=["alone", "of several"])
+def test_the_implementations_agree(total, dtype, tolerance, monkeypatch):
     for task in ("few", "wide", "sequence"):
-        logits, targets = batch(task, torch.float32)
-        found = mean_gradient(logits, targets, 0.7, lambda own: own + 2)
+        logits, targets = batch(task, dtype)
+        found = mean_gradient(logits, targets, 0.7, total)
         with monkeypatch.context() as context:
             context.setattr("nabla_tau._library.row_provider", lambda _: "reference")
-            wanted = mean_gradient(logits, targets, 0.7, lambda own: own + 2)
+            wanted = mean_gradient(logits, targets, 0.7, total)
         for ours, theirs in zip(found, wanted, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+            assert ours.dtype == theirs.dtype
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance / 100)
 
 
 def test_of_samples_that_are_all_left_out_there_is_nothing():
@@ -119,6 +122,8 @@ def test_the_binding_refuses_what_it_cannot_read():
         _C.rows_mean(logits, targets, base=np.ones(7))
     with pytest.raises(ValueError, match=r"base must have shape \(7,\)"):
         _C.rows_mean(logits, targets, base=np.ones(6), samples=7.0)
+    with pytest.raises(ValueError, match="samples must not be negative, got -3"):
+        _C.rows_mean(logits, targets, base=np.ones(7), samples=-3.0)
     with pytest.raises(TypeError, match="base must be float64"):
         _C.rows_mean(logits, targets, base=np.ones(7, np.float32), samples=7.0)
 

@@ -277,3 +277,17 @@ def test_a_loss_that_explodes_leaves_the_last_good_weights(trained):
     with pytest.raises(NonFiniteLossError) as caught:
         quietly(model, parts, NegGrad(epochs=200, learning_rate=1e30))
     assert all(torch.isfinite(p).all() for p in caught.value.result.model.parameters())
+
+
+def test_weights_that_are_a_part_of_a_larger_tensor(trained):
+    """The kernel of fused AdamW walks over memory: it would write between their rows."""
+    model = copy.deepcopy(trained[0])
+    layer = model[0]
+    width = layer.in_features
+    whole = torch.full((layer.out_features, 2 * width), 7.0, dtype=torch.float64)
+    whole[:, :width] = layer.weight.detach()
+    before = whole.clone()
+    layer.weight = nn.Parameter(whole[:, :width])
+    quietly(model, trained[1], "finetune", inplace=True)
+    assert torch.equal(whole[:, width:], before[:, width:])
+    assert (whole != before).any(1).all(), "every row has moved"

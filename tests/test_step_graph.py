@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import random
 
+import numpy as np
 import pytest
 import torch
 from conftest import blobs, mlp
@@ -299,6 +300,7 @@ def recorded_runs(monkeypatch):
         monkeypatch.setattr(own, "refusal", lambda *_, **__: None)
     for own in (module, stages):
         monkeypatch.setattr(own, "CudaRecorder", lambda _: Recorder())
+    monkeypatch.setattr(stages, "serves_mean", lambda logits, targets: not targets.is_floating_point())
 
 
 # The default is a stage after another, "eu-k" moves some of the parameters.
@@ -347,32 +349,60 @@ def test_a_method_of_which_every_step_is_another_says_so(recorded_runs):
     assert Recorder.recorded == 0
 
 
-def test_a_stage_with_other_terms_is_recorded_anew(recorded_runs):
-    """On the same optimizer: the graph of the stage before has its terms built in."""
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """Stages of ten steps on one optimizer."""
 
-    @dataclasses.dataclass(frozen=True)
-    class Twice:
-        name: str = "twice"
+    kinds: tuple
+    name: str = "in stages"
 
-        def stages(self, setup):
-            def stage(weight, **settings):
-                return stages.Stage(
-                    10,
-                    lambda step, forget, retain: [stages.Term("retain_term", retain.batch, weight=weight)],
-                    retain=32,
-                    repeats=True,
-                    **settings,
-                )
+    def stages(self, setup):
+        def down(step, forget, retain):
+            return [stages.Term("retain_term", retain.batch)]
 
-            return [stage(1.0, optimizer=lambda moved: setup.adamw([(moved, 1e-3)])), stage(-1.0)]
+        def up(step, forget, retain):
+            return [stages.Term("forget_term", retain.batch, weight=-0.1)]
 
+        def drawn(step, forget, retain):
+            return [
+                stages.Term("forget_term", given.batch) for given in (forget, retain) if given is not stages.NOTHING
+            ]
+
+        kinds = {
+            "down": {"terms": down, "retain": 32, "repeats": True},
+            "up": {"terms": up, "retain": 32, "repeats": True},
+            "each by itself": {"terms": up, "retain": 32},
+            "forget": {"terms": drawn, "forget": 32, "repeats": True},
+            "retain": {"terms": drawn, "retain": 32, "repeats": True},
+        }
+        found = [stages.Stage(10, **kinds[kind]) for kind in self.kinds]
+        found[0].optimizer = lambda moved: setup.adamw([(moved, 1e-3)])
+        return found
+
+
+@pytest.mark.parametrize(
+    ("kinds", "recorded"),
+    [
+        (("down", "down"), 1),
+        (("down", "up"), 2),
+        (("down", "each by itself", "down"), 2),
+        (("forget", "retain"), 2),
+    ],
+)
+def test_a_stage_is_recorded_anew_where_it_is_another(kinds, recorded, recorded_runs, monkeypatch):
+    """On the optimizer of the stage before: a graph has the terms of its stage built in, and of what sets they are."""
     x, y = blobs(1300)
-    parts = {"forget": (x[:60], y[:60]), "retain": (x[60:1000], y[60:1000]), "held_out": (x[1000:], y[1000:])}
-    result = unlearn(mlp().eval(), **parts, method=Twice())
-    assert Recorder.recorded == 2
-    assert result.settings["step_graph"] == "captured"
-    assert all(value > 0 for value in result.history["retain_term"][:10])
-    assert all(value < 0 for value in result.history["retain_term"][10:])
+    parts = {"forget": (x[:64], y[:64]), "retain": (x[64:1024], y[64:1024]), "held_out": (x[1024:], y[1024:])}
+    torch.manual_seed(0)
+    model = mlp().eval()
+    found = unlearn(model, **parts, method=Stages(kinds))
+    assert Recorder.recorded == recorded
+    assert found.settings["step_graph"] == "captured"
+    monkeypatch.setattr(StepGraphs, "__call__", lambda self, *batch: self._step(*batch))
+    wanted = unlearn(model, **parts, method=Stages(kinds))
+    assert same(list(found.model.state_dict().values()), list(wanted.model.state_dict().values()))
+    for name in ("loss", "forget_term", "retain_term"):
+        np.testing.assert_array_equal(found.history[name], wanted.history[name])
 
 
 def test_optimizer_state_goes_from_one_device_to_the_other():

@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -30,7 +31,7 @@ from nabla_tau.methods.setup import Setup
 from nabla_tau.optimizer_state import load_state, own_options, set_learning_rate
 from nabla_tau.preparation import Prepared
 from nabla_tau.sources import Source, Stream
-from nabla_tau.step_graph import StepGraphs
+from nabla_tau.step_graph import CAPTURED, StepGraphs
 
 TERMS = ("forget_term", "retain_term", "learn_term")  # the last where a stage has something to learn
 ROLES = {"forget": FORGET, "retain": RETAIN, "learn": LEARN}
@@ -102,6 +103,11 @@ class Stage:
     stop: Callable[[], bool] | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
 
+    def goes_on(self, before: Stage) -> bool:
+        """Whether it repeats the steps of the stage before, but for rate and number."""
+        mine, theirs = ((s.repeats, s.terms, s.learn, s.forget > 0, s.retain > 0) for s in (self, before))
+        return self.repeats and mine == theirs
+
     def sets(self, data: Prepared) -> dict[str, tuple[Source, int]]:
         """What it draws from, and how many samples a step."""
         found = {"forget": (data.forget, self.forget), "retain": (data.retain, self.retain)}
@@ -127,6 +133,7 @@ class StagedSteps:
         self.warnings: list[str] = self.setup.warnings
         self._entered = -1  # the stage whose optimizer this is
         self._streams: dict[str, Stream] = {}
+        self._graphs: list[StepGraphs] = []  # one an optimizer
         self._use(torch.optim.SGD(self.setup.parameters, lr=0))  # of no steps
         with without_trace(job.model):
             self.stages = method.stages(self.setup)
@@ -152,7 +159,8 @@ class StagedSteps:
     def _step_graph(self) -> str:
         if self.setup.refused is None and not any(stage.repeats for stage in self.stages):
             return f"eager: the steps of {self.method.name} are not all alike"
-        return self._graphs.said
+        said = [graphs.said for graphs in self._graphs]
+        return CAPTURED if CAPTURED in said else said[-1]
 
     def begin(self) -> dict[str, float]:
         return {"tau_before": float(self.job.target(self.forward, 0).mean)}
@@ -164,10 +172,13 @@ class StagedSteps:
             self._enter(entered, begin=False)
 
     def _enter(self, index: int, *, begin: bool) -> None:
-        stage = self.stages[index]
+        before, stage = self.stages[max(self._entered, 0)], self.stages[index]
         self._entered = index
+        assert not (stage.repeats and (stage.gradient or stage.combine or stage.draws))
         self.job.model.train(stage.training)
         self._looked = False  # at what can be rewritten in this mode
+        if not stage.goes_on(before):  # what was recorded has its terms built in, and the data sets they are of
+            self._graphs[-1].drop()
         if begin and stage.begin is not None:
             with torch.no_grad():
                 stage.begin()
@@ -182,16 +193,13 @@ class StagedSteps:
                     stream.load_state_dict({"passes": went.passes + 1, "position": 0})
 
     def _use(self, optimizer: torch.optim.Optimizer) -> None:
+        for graphs in self._graphs:
+            graphs.drop()
         self._optimizer, self._own_options = optimizer, own_options(optimizer)
         self._rates = [float(group["lr"]) for group in optimizer.param_groups]
-        self._graphs = StepGraphs(
-            self._repeated,
-            self.job.model,
-            optimizer,
-            refused=self.setup.refused,
-            recorder=lambda: CudaRecorder(self.setup.device),
-            settings=lambda: (self.stages[self._entered].terms,),
-        )
+        recorder = partial(CudaRecorder, self.setup.device)
+        settings = {"refused": self.setup.refused, "recorder": recorder}
+        self._graphs.append(StepGraphs(self._repeated, self.job.model, optimizer, **settings))
 
     def _advance(self, step: int) -> None:
         """Enter the stages that begin with or before this step."""
@@ -216,7 +224,7 @@ class StagedSteps:
         if not self._looked:
             self.setup.performance.look(batches[0])
             self._looked = sample_count(batches[0]) > 0
-        values = self._graphs(*batches) if stage.repeats else self._update(own, every)
+        values = self._graphs[-1](*batches) if stage.repeats else self._update(own, every)
         parts = dict(zip(self._names, values, strict=True))
         if stage.after is not None:
             with torch.no_grad():
@@ -284,7 +292,7 @@ class StagedSteps:
                     of_all = None if ranks.size == 1 else self._total
                     value, gradient = mean_gradient(logits, targets, term.weight * ranks.averaging, of_all)
                     torch.autograd.backward(logits, gradient)
-                    return self._total(value) / ranks.averaging
+                    return self._total(value / ranks.averaging)
                 found = counting_losses(self.job.loss, logits, targets)
             values, weights = found[0], found[1].detach().to(found[0])
             total = self._total(weights.sum()).clamp(min=torch.finfo(values.dtype).tiny)
