@@ -198,8 +198,8 @@ class StagedSteps:
         self._optimizer, self._own_options = optimizer, own_options(optimizer)
         self._rates = [float(group["lr"]) for group in optimizer.param_groups]
         recorder = partial(CudaRecorder, self.setup.device)
-        settings = {"refused": self.setup.refused, "recorder": recorder}
-        self._graphs.append(StepGraphs(self._repeated, self.job.model, optimizer, **settings))
+        refused = self.setup.refused
+        self._graphs.append(StepGraphs(self._repeated, self.job.model, optimizer, refused=refused, recorder=recorder))
 
     def _advance(self, step: int) -> None:
         """Enter the stages that begin with or before this step."""
