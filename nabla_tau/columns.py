@@ -85,7 +85,9 @@ def columns_of(data: Any, count: int, name: str, key: str = "") -> Any:
 def rows_of(columns: Batch, index: Tensor) -> Batch:
     def take(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
-            return leaf[index.to(leaf.device)]
+            own = index.to(leaf.device)
+            # Up to five times as fast, but it lays out anew what is not contiguous, such as images in channels_last.
+            return leaf.index_select(0, own) if leaf.is_contiguous() else leaf[own]
         return leaf[index.cpu().numpy()].tolist() if isinstance(leaf, np.ndarray) else leaf
 
     return map_leaves(take, columns)

@@ -139,6 +139,14 @@ def test_the_commands_of_the_deletion_log_run(tmp_path):
     assert [main(command) for command in shown] == [0, 0, 0]
 
 
+def test_the_tables_are_those_of_the_committed_results():
+    command = [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (0, ""), found.stderr
+    places = [page.read_text().count("<!-- table ") for page in (ROOT / "README.md", ROOT / "docs" / "defaults.md")]
+    assert places == [5, 7]
+
+
 def test_the_table_of_methods_is_that_of_the_measurement():
     with (ROOT / "benchmarks" / "results" / "quality_cpu.csv").open() as file:
         rows = list(csv.DictReader(line for line in file if not line.startswith("#")))

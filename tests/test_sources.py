@@ -244,6 +244,21 @@ def test_a_sample_of_a_loader_keeps_its_collation_and_its_subset():
     assert labels_of(as_source(weighted, "x").sample(3, 8, 0)).tolist() == [2] * 19
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.uint8, torch.bfloat16, torch.complex64])
+def test_batches_are_the_samples_in_their_layout(dtype):
+    images = torch.arange(N * 2 * 3 * 4).view(N, 2, 3, 4).to(dtype)
+    for laid_out in (
+        images,
+        images.contiguous(memory_format=torch.channels_last),
+        images[:, :, ::2],
+    ):
+        order = torch.cat([labels for _, labels in as_source((laid_out, torch.arange(N)), "x").read(8, seed=3)])
+        assert order.tolist() != list(range(N))
+        for rows, labels in as_source((laid_out, torch.arange(N)), "x").read(8, seed=3):
+            assert torch.equal(rows, laid_out[labels])
+            assert rows.stride() == laid_out[labels].stride()
+
+
 @pytest.mark.parametrize("count", [16, 17])
 @pytest.mark.parametrize("kind", ["tensors", "dataset", "loader"])
 def test_the_last_batch_has_what_is_left(kind, count):

@@ -184,7 +184,9 @@ class StagedSteps:
                 stage.begin()
         if stage.optimizer is not None:
             self._use(stage.optimizer(stage.parameters or self.parameters))
-        for name, (source, size) in stage.sets(self.job.data).items():
+        sets = stage.sets(self.job.data)
+        self._sizes = {name: size for name, (_, size) in sets.items()}
+        for name, (source, size) in sets.items():
             if size:
                 (own,) = self.job.batch_sizes(size)
                 went = self._streams.get(name)
@@ -216,7 +218,7 @@ class StagedSteps:
         wanted = None if stage.draws is None else stage.draws(own)
         every = [
             self._draw(name) if size and (wanted is None or name in wanted) else NOTHING
-            for name, (_, size) in stage.sets(self.job.data).items()
+            for name, size in self._sizes.items()
         ]
         batches = [given.batch for given in every if given is not NOTHING]
         for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
@@ -244,8 +246,7 @@ class StagedSteps:
         """A step of a stage that `repeats`: on a GPU a function of tensors, which may be captured and not be called
         again."""
         given = iter(batches)
-        sets = self.stages[self._entered].sets(self.job.data)
-        return self._update(0, [Drawn(next(given)) if size else NOTHING for _, size in sets.values()])
+        return self._update(0, [Drawn(next(given)) if size else NOTHING for size in self._sizes.values()])
 
     def _update(self, own: int, every: Sequence[Drawn]) -> list[Tensor]:
         """Gradient and update; the values of the terms, of which `_names` has the names."""
