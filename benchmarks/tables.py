@@ -177,8 +177,9 @@ def all_methods() -> Lines:
         method: float(np.mean([1 + sum(of[other] < of[method] for other in ranked) for of in every.values()]))
         for method in ranked
     }
-    yield from head(f"of {len(ranked)}", "mean rank", *(title.partition(", ")[0] for title in SUITES.values()))
-    best = sorted(ranks, key=lambda method: ranks[method])[:8]
+    short = [title if "transformer" in title else title.partition(", ")[0] for title in SUITES.values()]
+    yield from head(f"of {len(ranked)}", "mean rank", *short)
+    best = sorted(ranks, key=lambda method: (ranks[method], method))[:8]
     for method in (*best, AGAIN, ORIGINAL):
         name = NAMES.get(method) or METHODS.get(method, method)
         rank = f"{ranks[method]:.1f}" if method in ranks else ""
