@@ -14,14 +14,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
-from bench_unlearn import images
 from record import Record
 from torch import nn
+from workloads import images
 
 from nabla_tau import demo, unlearn
 from nabla_tau.evaluation import evaluate
 from nabla_tau.result import UnlearnResult
+from nabla_tau.suites.scenarios import Scenario
 
 WINDOWS, QUANTILES = 40, 50
 COURSE = ("forget_loss", "retain_loss", "tau")
@@ -53,11 +53,10 @@ def run(device: str, threads: int, quick: bool) -> Iterator[Record]:
     if device != "cpu":
         raise SystemExit("course: measured on the CPU only, as the demo trains there")
     work, seed = images(), 0
-    parts = work.split(0.15, seed)
+    parts = work.split(Scenario("random", 0.15), seed)._asdict()
     if quick:
         parts = {name: (x[:300], y[:300]) for name, (x, y) in parts.items()}
-    everything = tuple(torch.cat(pair) for pair in zip(parts["forget"], parts["retain"], strict=True))
-    original = work.train(work.make, everything, seed)
+    original = work.train(work.make, parts["train"], seed)
     same: dict[str, Any] = {"bench": "course", "device": device, "dtype": "float32", "threads": threads}
     yield from of_model(original, parts, provider="original", **same)
     yield from of_model(work.train(work.make, parts["retain"], seed + 1), parts, provider="retrained", **same)

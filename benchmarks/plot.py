@@ -172,7 +172,8 @@ def plot_time_to_forget(path: Path, out: Path) -> None:
     cases = list(found["AUC gap at"])
     data = sorted({case.rsplit(", ", 1)[0] for case in cases})
     columns = max(sum(case.startswith(name) for case in cases) for name in data)
-    palette = dict(zip(["nabla_tau", "nabla_tau, paper", "as published", "retrain"], [OURS, *OTHERS], strict=False))
+    names = ["nabla_tau", "nabla_tau, ascent", "nabla_tau, paper", "as published", "retrain"]
+    palette = dict(zip(names, [OURS, OTHERS[4], *OTHERS], strict=False))
     size = {"figsize": (3.4 * columns + 0.4, 2.1 * 2 * len(data) + 0.9), "layout": "constrained"}
     figure, grid = plt.subplots(2 * len(data), columns, squeeze=False, sharex="row", sharey="row", **size)
     for line, (name, measure) in enumerate((name, measure) for name in data for measure in LOOKED_AT):
@@ -198,8 +199,9 @@ def plot_time_to_forget(path: Path, out: Path) -> None:
     below = 0.01, 1 - 0.28 / figure.get_figheight()
     figure.legend(lines, palette, loc="upper left", bbox_to_anchor=below, ncols=6, frameon=False, fontsize=9)
     head, threads = read_head(path), rows[0]["threads"]
+    clock = "processor seconds" if rows[0]["device"] == "cpu" else "seconds"
     figure.supxlabel(
-        "processor seconds, logarithmic; grey: as good as retrained; dotted: retraining is done\n"
+        f"{clock}, logarithmic; grey: as good as retrained; dotted: retraining is done\n"
         f"{threads} thread, {head['device']}, torch {head['torch']}, Python {head['python']}, {head['date']}",
         fontsize=8,
         color="#4b5563",

@@ -10,6 +10,7 @@ import json
 import platform
 import random
 import statistics
+import subprocess
 import time
 import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
@@ -204,14 +205,20 @@ def records_of(
 
 
 def environment(device: str) -> dict[str, str]:
-    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
     return {
-        "device": name,
+        **(_gpu() if device == "cuda" else {"device": _processor()}),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "nabla_tau": importlib.metadata.version("nabla_tau"),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _gpu() -> dict[str, str]:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    cuda, triton = str(torch.version.cuda), importlib.metadata.version("triton")
+    return {"device": torch.cuda.get_device_name(), "driver": driver, "cuda": cuda, "triton": triton}
 
 
 def _processor() -> str:

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
+from torch.optim import optimizer as optimizers
 
 from nabla_tau.batch import Batch, map_leaves, map_tensors, tensors_of
 from nabla_tau.cuda_graph import Recorder
@@ -33,6 +35,14 @@ WARM_UP = 3  # steps of the same shapes that run as they are; kernels are compil
 GRAPHS = 4  # whole and last batches of both groups
 SHAPES = 64  # sets of shapes that are counted; beyond them none is likely to come again
 CAPTURED = "captured"
+_GLOBAL_HOOKS: tuple[Any, ...] = (
+    modules._global_forward_hooks,
+    modules._global_forward_pre_hooks,
+    modules._global_backward_hooks,
+    modules._global_backward_pre_hooks,
+    optimizers._global_optimizer_pre_hooks,
+    optimizers._global_optimizer_post_hooks,
+)
 
 Step = Callable[..., Sequence[Tensor]]
 
@@ -189,13 +199,14 @@ def _built_in(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
     Looked at in every step, so without `modules()`, which takes as long as the rest.
     """
     found: list[Any] = [torch.is_grad_enabled(), torch.is_autocast_enabled(next(model.parameters()).device.type)]
+    found += map(len, (*_GLOBAL_HOOKS, *_hooks_of_optimizer(optimizer)))
     modules = [model]
     for module in modules:  # grows meanwhile
         found += (module.training, *map(len, _hooks_of(module)))
         for tensors in (module._parameters, module._buffers):
             for tensor in tensors.values():
                 if tensor is not None:
-                    found += (tensor.data_ptr(), tensor.requires_grad)
+                    found += (tensor.data_ptr(), tensor.requires_grad, _has_hooks(tensor))
         modules += [child for child in module._modules.values() if child is not None]
     for group in optimizer.param_groups:
         for name, value in group.items():
@@ -208,11 +219,21 @@ def _hooks_of(module: nn.Module) -> tuple[Any, ...]:
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
+def _hooks_of_optimizer(optimizer: torch.optim.Optimizer) -> tuple[Any, ...]:
+    return optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+
+
+def _has_hooks(tensor: Tensor) -> bool:
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
+
+
 def _obstacle(model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
+    if any(_GLOBAL_HOOKS):
+        return "there are hooks of all modules or optimizers, which a graph does not call"
     for module, tensors in _modules_and_tensors(model):
-        if any(_hooks_of(module)) or any(t._backward_hooks or t._post_accumulate_grad_hooks for t in tensors):
+        if any(_hooks_of(module)) or any(map(_has_hooks, tensors)):
             return f"{type(module).__name__} has hooks, which a graph does not call"
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+    if any(_hooks_of_optimizer(optimizer)):
         return f"{type(optimizer).__name__} has hooks, which a graph does not call"
     device = next(model.parameters()).device
     for group in optimizer.param_groups:

@@ -27,6 +27,8 @@ import plot  # noqa: E402
 import record  # noqa: E402
 from record import Record, Timing, peak_mb, read_csv, read_head, records_of, timings, write_csv  # noqa: E402
 
+from nabla_tau.suites.scenarios import Parts  # noqa: E402
+
 FAST, SLOW = Timing(0.9, 1.0, 1.2), Timing(3.9, 4.0, 4.4)
 SAME = {"bench": "rows", "case": "8x4", "device": "cpu", "dtype": "float32", "threads": 1}
 
@@ -90,6 +92,16 @@ def test_csv_keeps_what_was_measured(tmp_path):
     assert [float(ours[name]) for name in ("p20", "p50", "p80", "ratio")] == [*FAST, 4]
     assert (skipped["p50"], skipped["note"]) == ("", "skipped: no compiler")
     assert read_head(tmp_path / "new" / "rows.csv") == record.environment("cpu")
+
+
+def test_a_figure_of_a_gpu_says_which_driver_and_which_triton(tmp_path, monkeypatch):
+    said = subprocess.CompletedProcess([], 0, "595.10\n595.10\n")
+    monkeypatch.setattr(record.subprocess, "run", lambda *_, **__: said)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    write_csv([], tmp_path / "rows.csv", "cuda")
+    head = read_head(tmp_path / "rows.csv")
+    assert (head["device"], head["driver"]) == ("a GPU", "595.10")
+    assert {"torch", "cuda", "triton", "date"} <= head.keys()
 
 
 @pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("results/*_c[pu][ud]*.csv")), ids=lambda path: path.name)
@@ -269,14 +281,21 @@ def test_the_clock_stands_still_while_a_model_is_looked_at(monkeypatch):
     optimizer.step()
     assert [look.seconds for look in watch.looks] == [*range(2, 24, 2), 29]
 
+    with bench_unlearn.Watch({}, steps=12, hooked=False) as watch:
+        watch.watching(model)
+        optimizer.step()
+        watch.stepped({"loss": 0.0}, 0)  # as `unlearn` logs
+    assert len(watch.looks) == 2
+
 
 def test_quality_is_the_attack_on_the_losses_and_leaves_the_mode():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Dropout(0.9)).train()
     with torch.no_grad():
         model[0].weight.copy_(torch.eye(2))
     sure, unsure = torch.tensor([[5.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    parts = {"forget": (sure.repeat(3, 1), torch.zeros(3, dtype=torch.long))}
-    parts["unseen"] = torch.cat((sure, unsure)), torch.tensor([0, 0])
+    forget = sure.repeat(3, 1), torch.zeros(3, dtype=torch.long)
+    unseen = torch.cat((sure, unsure)), torch.tensor([0, 0])
+    parts = Parts(train=forget, forget=forget, retain=forget, held_out=unseen, unseen=unseen, test=unseen)
     assert bench_unlearn.quality(model, parts) == (0.75, 0.5)  # one of two unseen losses is as low as all forgotten
     assert model.training
     assert model[1].training
@@ -287,11 +306,15 @@ def test_time_to_forget_is_drawn_from_its_rows(tmp_path):
     import plot
 
     looks = [bench_unlearn.Look(seconds, 0.6 - seconds / 100, 0.9) for seconds in (0.0, 1.0, 4.0)]
-    found = dict.fromkeys(("retrain", "as published", "nabla_tau, paper", "nabla_tau"), looks)
+    names = ("original", "retrain", "as published", *bench_unlearn.RECIPES)
+    found = {name: bench_unlearn.Found(looks, {"auc_loss": 0.6}) for name in names}
     records = [*bench_unlearn.records_of(found, "MLP, table, 3%, seed 0", "cpu", 1)]
     times = {record.provider: (record.p50, record.ratio) for record in records if record.case.endswith("to forget")}
     assert times["retrain"] == (4, 1)
     assert times["nabla_tau"] == times["retrain, stopped early"] == (4, 1)
+    assert "original" not in times
+    ends = {record.provider: record.p50 for record in records if record.case.endswith("auc_loss at the end")}
+    assert ends == dict.fromkeys(names, 0.6)
     write_csv(records, tmp_path / "unlearn_cpu.csv", "cpu")
     drawn = plot.curves(read_csv(tmp_path / "unlearn_cpu.csv"))
     assert drawn["AUC gap at"]["MLP, table, 3%"]["nabla_tau"] == [(1, 0.03), (4, 0)]

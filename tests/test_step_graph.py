@@ -12,6 +12,8 @@ import torch
 from conftest import blobs, mlp
 from recording import Recorder
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nabla_tau import Unlearner, _library, functional, unlearn
 from nabla_tau import unlearner as module
@@ -198,6 +200,14 @@ def hook(unlearner, seen):
     unlearner.model[0].register_forward_hook(lambda *_: seen.append(1))
 
 
+def hook_tensor(unlearner, seen):
+    unlearner.parameters[0].register_post_accumulate_grad_hook(lambda *_: seen.append(1))
+
+
+def hook_optimizer(unlearner, seen):
+    unlearner.optimizer.register_step_post_hook(lambda *_: seen.append(1))
+
+
 def move_weights(unlearner, _):
     for parameter in unlearner.parameters:
         parameter.data = parameter.data.clone()
@@ -227,7 +237,8 @@ def take_gradients(unlearner, _):
     unlearner.optimizer.zero_grad(set_to_none=True)
 
 
-CHANGES = [hook, move_weights, load_optimizer, load_all, freeze, decay, balance, take_gradients]
+HOOKS = [hook, hook_tensor, hook_optimizer]
+CHANGES = [*HOOKS, move_weights, load_optimizer, load_all, freeze, decay, balance, take_gradients]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -243,7 +254,23 @@ def test_what_a_graph_has_built_in_may_change(change):
         found.append((kept, len(seen)))
     assert found[0][1] == found[1][1], "a hook is called in every step"
     assert same(found[0][0], found[1][0])
-    assert Recorder.recorded == (1 if change in (hook, take_gradients) else 2)
+    assert Recorder.recorded == (1 if change in (*HOOKS, take_gradients) else 2)
+
+
+@pytest.mark.parametrize("register", [register_module_forward_hook, register_optimizer_step_post_hook])
+def test_hooks_of_everything_are_called_in_every_step(register):
+    unlearner, seen = steps_of(mlp().double()), []
+    for hooked, said in (
+        (True, "eager: there are hooks of all modules or optimizers, which a graph does not call"),
+        (False, "captured"),
+        (True, "captured"),  # once it was
+    ):
+        before, handle = len(seen), register(lambda *_: seen.append(1)) if hooked else None
+        metrics_and_weights(unlearner, [(8, 16)] * 6, blobs)
+        if handle is not None:
+            handle.remove()
+            assert len(seen) >= before + 6
+        assert unlearner.step_graph == said
 
 
 def test_a_metric_is_not_written_over_by_the_next_step():

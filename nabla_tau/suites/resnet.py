@@ -1,5 +1,4 @@
-"""ResNet-18 for images of 32 x 32 (He et al. 2016, with a first convolution of 3 x 3 and no pooling): 11.2 million
-parameters."""
+"""ResNet-18 (He et al. 2016): 11.2 million parameters."""
 
 from __future__ import annotations
 
@@ -24,8 +23,13 @@ class Block(nn.Module):
         return out
 
 
-def resnet18(classes: int = 10) -> nn.Module:
-    layers: list[nn.Module] = [nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True)]
+def resnet18(classes: int = 10, *, small: bool = True) -> nn.Module:
+    """small: for images of 32 x 32, with a first convolution of 3 x 3 and no pooling; else with that of 7 x 7 in steps
+    of two and the pooling after it, as published."""
+    first = nn.Conv2d(3, 64, 3, padding=1, bias=False) if small else nn.Conv2d(3, 64, 7, 2, padding=3, bias=False)
+    layers: list[nn.Module] = [first, nn.BatchNorm2d(64), nn.ReLU(inplace=True)]
+    if not small:
+        layers.append(nn.MaxPool2d(3, 2, padding=1))
     channels = 64
     for width, stride in ((64, 1), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1)):
         layers.append(Block(channels, width, stride))
