@@ -7,10 +7,11 @@ with its state an optimizer on the CPU would refuse to run, and with that of the
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import optimizer as torch_optimizer
 
 OWN = ("capturable", "fused", "foreach")
 
@@ -53,6 +54,87 @@ def adamw(
     return torch.optim.AdamW(
         [{"params": own, "lr": held(rate)} for own, rate in groups], fused=fused, capturable=capturable, **settings
     )
+
+
+def hooks_of(optimizer: torch.optim.Optimizer) -> tuple[dict[int, Any], ...]:
+    """Of its steps: its own, and those of all optimizers."""
+    return (
+        optimizer._optimizer_step_pre_hooks,
+        optimizer._optimizer_step_post_hooks,
+        torch_optimizer._global_optimizer_pre_hooks,
+        torch_optimizer._global_optimizer_post_hooks,
+    )
+
+
+class _Group(NamedTuple):
+    """The tensors of a parameter group, one a parameter, as the kernel takes them."""
+
+    parameters: list[Tensor]
+    first: list[Tensor]
+    second: list[Tensor]
+    steps: list[Tensor]
+
+
+class Stepper:
+    """`optimizer.step()`, over and over. Of torch's fused AdamW on the CPU it calls the kernel itself, with the same
+    numbers: what torch looks up anew in every step takes longer than to update a small model."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._state: Any = None  # the optimizer's, of which `_groups` are; None where torch takes the steps
+        self._groups: list[_Group] = []
+
+    def __call__(self) -> None:
+        optimizer = self._optimizer
+        if optimizer.state is self._state and not any(hooks_of(optimizer)):
+            gradients: list[list[Any]] = [[p.grad for p in group.parameters] for group in self._groups]
+            if not any(gradient is None for of_group in gradients for gradient in of_group):
+                self._update(gradients)
+                return
+        optimizer.step()
+        self._keep()
+
+    @torch.no_grad()
+    def _update(self, gradients: list[list[Any]]) -> None:
+        torch._foreach_add_([step for group in self._groups for step in group.steps], 1)
+        for group, own, of_group in zip(self._optimizer.param_groups, self._groups, gradients, strict=True):
+            torch._fused_adamw_(
+                own.parameters,
+                of_group,
+                own.first,
+                own.second,
+                [],
+                own.steps,
+                amsgrad=False,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+    def _keep(self) -> None:
+        optimizer, state = self._optimizer, self._optimizer.state
+        self._state = None
+        if type(optimizer) is not torch.optim.AdamW or not all(map(_is_one_kernel, optimizer.param_groups)):
+            return
+        if all(parameter in state for group in optimizer.param_groups for parameter in group["params"]):
+            self._groups = [
+                _Group(group["params"], *([state[p][name] for p in group["params"]] for name in _STATE))
+                for group in optimizer.param_groups
+            ]
+            self._state = state
+
+
+_STATE = ("exp_avg", "exp_avg_sq", "step")
+
+
+def _is_one_kernel(group: dict[str, Any]) -> bool:
+    """Whether torch's fused AdamW takes the group on the CPU in one call."""
+    plain = group["fused"] and not (group["amsgrad"] or group["maximize"] or isinstance(group["lr"], Tensor))
+    alike = len({parameter.dtype for parameter in group["params"]}) == 1
+    return plain and alike and all(type(p.data) is Tensor and p.device.type == "cpu" for p in group["params"])
 
 
 def own_options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
-from torch.optim import optimizer as optimizers
 
 from nabla_tau.batch import Batch, map_leaves, map_tensors, tensors_of
 from nabla_tau.cuda_graph import Recorder
 from nabla_tau.distributed import Ranks
+from nabla_tau.optimizer_state import hooks_of
 
 logger = logging.getLogger("nabla_tau")
 
@@ -40,8 +40,6 @@ _GLOBAL_HOOKS: tuple[Any, ...] = (
     modules._global_forward_pre_hooks,
     modules._global_backward_hooks,
     modules._global_backward_pre_hooks,
-    optimizers._global_optimizer_pre_hooks,
-    optimizers._global_optimizer_post_hooks,
 )
 
 Step = Callable[..., Sequence[Tensor]]
@@ -199,7 +197,7 @@ def _built_in(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
     Looked at in every step, so without `modules()`, which takes as long as the rest.
     """
     found: list[Any] = [torch.is_grad_enabled(), torch.is_autocast_enabled(next(model.parameters()).device.type)]
-    found += map(len, (*_GLOBAL_HOOKS, *_hooks_of_optimizer(optimizer)))
+    found += map(len, (*_GLOBAL_HOOKS, *hooks_of(optimizer)))
     modules = [model]
     for module in modules:  # grows meanwhile
         found += (module.training, *map(len, _hooks_of(module)))
@@ -219,21 +217,17 @@ def _hooks_of(module: nn.Module) -> tuple[Any, ...]:
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
-def _hooks_of_optimizer(optimizer: torch.optim.Optimizer) -> tuple[Any, ...]:
-    return optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
-
-
 def _has_hooks(tensor: Tensor) -> bool:
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 
 def _obstacle(model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
     if any(_GLOBAL_HOOKS):
-        return "there are hooks of all modules or optimizers, which a graph does not call"
+        return "there are hooks of all modules, which a graph does not call"
     for module, tensors in _modules_and_tensors(model):
         if any(_hooks_of(module)) or any(map(_has_hooks, tensors)):
             return f"{type(module).__name__} has hooks, which a graph does not call"
-    if any(_hooks_of_optimizer(optimizer)):
+    if any(hooks_of(optimizer)):
         return f"{type(optimizer).__name__} has hooks, which a graph does not call"
     device = next(model.parameters()).device
     for group in optimizer.param_groups:

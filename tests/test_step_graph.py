@@ -257,11 +257,17 @@ def test_what_a_graph_has_built_in_may_change(change):
     assert Recorder.recorded == (1 if change in (*HOOKS, take_gradients) else 2)
 
 
-@pytest.mark.parametrize("register", [register_module_forward_hook, register_optimizer_step_post_hook])
-def test_hooks_of_everything_are_called_in_every_step(register):
+@pytest.mark.parametrize(
+    ("register", "of"),
+    [
+        (register_module_forward_hook, "there are hooks of all modules"),
+        (register_optimizer_step_post_hook, "AdamW has hooks"),
+    ],
+)
+def test_hooks_of_everything_are_called_in_every_step(register, of):
     unlearner, seen = steps_of(mlp().double()), []
     for hooked, said in (
-        (True, "eager: there are hooks of all modules or optimizers, which a graph does not call"),
+        (True, f"eager: {of}, which a graph does not call"),
         (False, "captured"),
         (True, "captured"),  # once it was
     ):

@@ -28,7 +28,7 @@ from nabla_tau.fused import mean_gradient, serves_mean
 from nabla_tau.history import History
 from nabla_tau.job import FORGET, LEARN, RETAIN, CannotServeError, Done, Job
 from nabla_tau.methods.setup import Setup
-from nabla_tau.optimizer_state import load_state, own_options, set_learning_rate
+from nabla_tau.optimizer_state import Stepper, load_state, own_options, set_learning_rate
 from nabla_tau.preparation import Prepared
 from nabla_tau.sources import Source, Stream
 from nabla_tau.step_graph import CAPTURED, StepGraphs
@@ -198,6 +198,7 @@ class StagedSteps:
         for graphs in self._graphs:
             graphs.drop()
         self._optimizer, self._own_options = optimizer, own_options(optimizer)
+        self._take_step = Stepper(optimizer)
         self._rates = [float(group["lr"]) for group in optimizer.param_groups]
         recorder = partial(CudaRecorder, self.setup.device)
         refused = self.setup.refused
@@ -271,7 +272,7 @@ class StagedSteps:
                 parameter.grad = gradient
         if stage.gradient is not None:
             stage.gradient(own)
-        self._optimizer.step()
+        self._take_step()
         self._names = tuple(parts)
         return list(parts.values())
 
