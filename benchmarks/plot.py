@@ -4,9 +4,9 @@ How many times faster than the baseline of its table, on a logarithmic axis: the
 line goes from the ratio at p80 to that at p20 of the provider's own times. Panels side by side are the ways the same
 cases were run, all with one axis, and peak memory. What was skipped is left out.
 
-unlearn_*.csv becomes time_to_forget_*.png: what `bench_unlearn` found at each look, over seconds. quality_*.csv becomes
-comparison_*.png, one a case: forgetting against utility. course_*.csv becomes course_*.png and losses_*.png, and
-gates.png needs none (`plot_course`).
+unlearn_*.csv and paper_*.csv become time_to_forget_*.png: what `bench_unlearn` found at each look, over seconds.
+quality_*.csv becomes comparison_*.png, one a case: forgetting against utility. course_*.csv becomes course_*.png and
+losses_*.png, and gates.png needs none (`plot_course`).
 """
 
 from __future__ import annotations
@@ -252,8 +252,8 @@ def main(arguments: list[str]) -> None:
     docs = Path(arguments[1]) if len(arguments) > 1 else ROOT / "docs"
     for path in sorted(results.glob("*rows_*.csv")):
         plot(path, docs / f"{path.stem}.png")
-    for path in sorted(results.glob("unlearn_*.csv")):
-        plot_time_to_forget(path, docs / f"{path.stem.replace('unlearn', 'time_to_forget')}.png")
+    for path in sorted([*results.glob("unlearn_*.csv"), *results.glob("paper_*.csv")]):
+        plot_time_to_forget(path, docs / f"time_to_forget_{path.stem.removeprefix('unlearn_')}.png")
     for path in sorted(results.glob("quality_*.csv")):
         plot_comparisons(path, docs)
     for path in sorted(results.glob("course_*.csv")):

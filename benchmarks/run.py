@@ -39,6 +39,7 @@ BENCHES = {  # module and function, imported when asked for: each needs other pa
     "scaling": ("bench_step", "scaling"),
     "descent": ("bench_descent", "run"),
     "unlearn": ("bench_unlearn", "run"),
+    "paper": ("bench_unlearn", "paper"),
     "course": ("bench_course", "run"),
     "quality": ("bench_quality", "run"),
     "rank": ("bench_quality", "rank"),

@@ -112,7 +112,8 @@ def other_forget_sets() -> Lines:
         for scenario in scenarios:
             of = functools.partial(found, "defaults", suite, scenario=scenario)
             aucs = of_each(gap, [of("gap_auc_loss", model) for model in (DEFAULT, ASCENT, ORIGINAL)], bold=0)
-            cells.append(f"{aucs}; {points(known(of('gap_test_accuracy', DEFAULT)))}")
+            test, time = (known(of(measure, DEFAULT)) for measure in ("gap_test_accuracy", "share"))
+            cells.append(f"{aucs}; {points(test)}; {100 * time:.0f} %")
         yield row(title, *cells)
 
 

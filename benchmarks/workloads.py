@@ -73,7 +73,7 @@ def table() -> Workload:
     )
 
 
-def paper(device: str, *, epochs: int = 50, every: int = 1) -> Workload:
+def on_cifar10(device: str, *, epochs: int = 50, every: int = 1) -> Workload:
     """CIFAR-10 as Trippa et al. 2024 (arXiv 2403.14339) have it, but for JPEG: ResNet-18 with the stem for larger
     images, trained from scratch by SGD of .1, .9 and 5e-4 whose rate falls to .001, no augmentation.
 
