@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nabla_tau.batch import Forward
 from nabla_tau.evaluation import counting_losses, over_samples
-from nabla_tau.job import FORGET, HELD_OUT, Job
+from nabla_tau.job import FORGET, HELD_OUT, RETAIN, Job
 from nabla_tau.sources import Source, derive_seed
 
 SAMPLES = 1_000  # of a data set, at most
@@ -54,6 +54,11 @@ class _Seen(NamedTuple):
 def usefulness(job: Job, forward: Forward | None) -> Usefulness:
     """Of the job's model as it is now, in eval mode; the same on all ranks."""
     return _usefulness(job, _look(job, job.data.held_out, HELD_OUT, forward))
+
+
+def fit(job: Job, forward: Forward | None) -> Usefulness:
+    """As `usefulness`, on retained samples."""
+    return _usefulness(job, _look(job, job.data.retain, RETAIN, forward))
 
 
 def measure(job: Job, forward: Forward | None, when: str) -> dict[str, float]:

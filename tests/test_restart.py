@@ -132,6 +132,16 @@ def test_more_cycles_only_where_the_first_ended_too_soon(known):
     assert unlearn(model, **parts, method=late).settings["steps"] == 8
 
 
+def test_no_more_cycles_where_the_retained_samples_are_known(known):
+    model, parts = known
+    one = unlearn(model, **parts, method=dataclasses.replace(STILL_LEARNING, cycles=1))
+    reached = evaluate(one.model, parts["retain"]).accuracy
+    assert reached != evaluate(one.model, parts["held_out"]).accuracy
+    for fitted, steps in ((reached, 8), (reached + 1e-6, 24)):
+        method = dataclasses.replace(STILL_LEARNING, fitted=fitted)
+        assert unlearn(model, **parts, method=method).settings["steps"] == steps
+
+
 @pytest.mark.parametrize("step", [1, 5, 11])
 def test_it_knows_after_an_interruption_whether_it_was_still_learning(known, tmp_path, step):
     model, parts = known

@@ -20,7 +20,7 @@ from nabla_tau.initialisation import initialise
 from nabla_tau.job import CannotServeError
 from nabla_tau.methods.setup import Setup
 from nabla_tau.methods.stages import Drawn, Stage, Term
-from nabla_tau.outcome import has_learned, usefulness
+from nabla_tau.outcome import fit, has_learned, usefulness
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +52,10 @@ class Restart:
     passes: of the retain set in a cycle, but at least `min_steps` steps (less with larger batches). Where the last
     three quarters of the first cycle gave more than the share `still_learning` of all the held-out accuracy (loss, of
     anything but a classifier) that it gave, the model had not learned what it can: `cycles` - 1 more follow, each at
-    half the peak of the one before (warm restarts: Loshchilov and Hutter 2017, arXiv 1608.03983). The original has no
-    say in that: if its accuracy were what to come back to, the number of cycles would tell of its forget set.
+    half the peak of the one before (warm restarts: Loshchilov and Hutter 2017, arXiv 1608.03983), but not once the
+    share `fitted` of the retained samples is classified as it should be, which leaves little to learn from them. The
+    original has no say in that: if its accuracy were what to come back to, the number of cycles would tell of its
+    forget set.
     hopeless: where the first quarter has not gone this share of the way from fresh weights to the original's, the run
     ends: such an original knows what the retained samples cannot teach, as large pretrained models do. batch_size: an
     eighth of the samples at most, but 16; four times as many where most weights are embeddings, which are many weights
@@ -75,6 +77,7 @@ class Restart:
     min_steps: int = 150
     cycles: int = 2
     still_learning: float = 0.4
+    fitted: float = 0.98
     relative_rate: float = 0.1875
     distance: float = 2
     warmup: float = 0.15
@@ -120,7 +123,10 @@ class Restart:
         def has_learned_all() -> bool:
             found = usefulness(job, setup.forward_alone).mean
             gained, late = found - untrained.mean, found - float(at_quarter["usefulness"])
-            return not (gained > 0 and late > self.still_learning * gained)
+            if not (gained > 0 and late > self.still_learning * gained):
+                return True
+            retained = fit(job, setup.forward_alone)
+            return retained.name == "accuracy" and retained.mean >= self.fitted
 
         descent = partial(Stage, terms=terms, retain=size, training=True, repeats=True)
         begin = partial(descent, optimizer=optimizer, begin=partial(self._begin_anew, model, setup))
