@@ -174,7 +174,9 @@ def plot_time_to_forget(path: Path, out: Path) -> None:
     columns = max(sum(case.startswith(name) for case in cases) for name in data)
     names = ["nabla_tau", "nabla_tau, ascent", "nabla_tau, paper", "as published", "retrain"]
     palette = dict(zip(names, [OURS, OTHERS[4], *OTHERS], strict=False))
-    size = {"figsize": (3.4 * columns + 0.4, 2.1 * 2 * len(data) + 0.9), "layout": "constrained"}
+    # Wide enough for the title and the legend above.
+    width = max(3.4 * columns + 0.4, 9)
+    size = {"figsize": (width, 2.1 * 2 * len(data) + 0.9), "layout": "constrained"}
     figure, grid = plt.subplots(2 * len(data), columns, squeeze=False, sharex="row", sharey="row", **size)
     for line, (name, measure) in enumerate((name, measure) for name in data for measure in LOOKED_AT):
         title, factor, band = LOOKED_AT[measure]

@@ -230,6 +230,32 @@ def finetuned() -> Lines:
             )
 
 
+def setting_of_the_paper() -> Lines:
+    """What each model is like, not how far from the retrained one."""
+    rows = read_csv(RESULTS / "paper_cpu.csv")
+    ends = {
+        (row["case"].rsplit(", ", 1)[1].removesuffix(" at the end"), row["provider"]): float(row["p50"])
+        for row in rows
+        if row["case"].endswith(" at the end")
+    }
+    seconds = {row["provider"]: float(row["note"].removesuffix(" s")) for row in rows if "AUC gap at" in row["case"]}
+    ways = {
+        "original": "original, nothing done",
+        "retrain": "retrained",
+        "as published": "published recipe, plain PyTorch",
+    }
+    ways |= {f"nabla_tau, {name}": f'nabla-tau, `"{name}"`' for name in ("paper", "ascent")}
+    ways |= {"nabla_tau": "**default**"}
+    yield from head("", "AUC", "MIA, loss / entropy", "forget / retain / test, %", "seconds", "of retraining")
+    for way, title in ways.items():
+        mias = (f"{ends[f'mia_{of}', way]:.3f}".removeprefix("0") for of in ("loss", "entropy"))
+        accuracies = (f"{100 * ends[f'{of}_accuracy', way]:.1f}" for of in ("forget", "retain", "test"))
+        taken = seconds.get(way)
+        times = ("", "") if taken is None else (f"{taken:.0f}", f"{100 * taken / seconds['retrain']:.0f} %")
+        auc = f"{ends['auc_loss', way]:.3f}".removeprefix("0")
+        yield row(title, auc, " / ".join(mias), " / ".join(accuracies), *times)
+
+
 def of_timing(file: str, **wanted: str) -> tuple[float, float | None]:
     """Median in milliseconds of the one row with these fields, and how many times faster than its baseline that is."""
     rows = [r for r in read_csv(RESULTS / f"{file}_cpu.csv") if all(r[name] == value for name, value in wanted.items())]
@@ -287,6 +313,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "all methods": all_methods,
     "comparison": comparison,
     "finetuned": finetuned,
+    "setting of the paper": setting_of_the_paper,
     "loss layer": loss_layer,
     "steps": steps,
     "descent": descent,
