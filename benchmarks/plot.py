@@ -209,7 +209,7 @@ def plot_time_to_forget(path: Path, out: Path) -> None:
         color="#4b5563",
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=120)
+    figure.savefig(out, dpi=100)
     plt.close(figure)
     print(out)
 
