@@ -60,8 +60,10 @@ def _is_simple(row: Row) -> bool:
     )
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
     """Whether its entries fill their part of the memory, in whatever order of the dimensions."""
+    if tensor.numel() == 0:
+        return True
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1:
@@ -80,7 +82,7 @@ class _InMemoryOrder:
 
     def _ordered(self, row: Row) -> Row:
         p = row.parameter
-        strides = p.stride() if _is_dense(p) else torch.empty(p.shape, device="meta").stride()
+        strides = p.stride() if is_dense(p) else torch.empty(p.shape, device="meta").stride()
         ordered: dict[str, Any] = {name: self._as(getattr(row, name), strides, name) for name in _TENSORS}
         return row._replace(**ordered)
 

@@ -13,19 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
+from nabla_tau._library_update import is_dense
+
 OWN = ("capturable", "fused", "foreach")
+_STATE = ("exp_avg", "exp_avg_sq", "step")  # of AdamW, of each parameter
 
 
 def can_be_fused(parameters: list[nn.Parameter]) -> bool:
     """Whether torch.optim has an AdamW of one kernel for them. It walks over memory, so it would write between the rows
     of a parameter that is a part of a larger tensor."""
-    return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() and _is_dense(p) for p in parameters)
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether its entries lie side by side, in whatever order."""
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.numel() == 0 or reach + 1 == tensor.numel()
+    return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() and is_dense(p) for p in parameters)
 
 
 def default_optimizer(
@@ -83,6 +80,7 @@ class Stepper:
         self._optimizer = optimizer
         self._state: Any = None  # the optimizer's, of which `_groups` are; None where torch takes the steps
         self._groups: list[_Group] = []
+        self._steps: list[Tensor] = []  # those of all groups
 
     def __call__(self) -> None:
         optimizer = self._optimizer
@@ -96,7 +94,7 @@ class Stepper:
 
     @torch.no_grad()
     def _update(self, gradients: list[list[Any]]) -> None:
-        torch._foreach_add_([step for group in self._groups for step in group.steps], 1)
+        torch._foreach_add_(self._steps, 1)
         for group, own, of_group in zip(self._optimizer.param_groups, self._groups, gradients, strict=True):
             torch._fused_adamw_(
                 own.parameters,
@@ -124,10 +122,8 @@ class Stepper:
                 _Group(group["params"], *([state[p][name] for p in group["params"]] for name in _STATE))
                 for group in optimizer.param_groups
             ]
+            self._steps = [step for group in self._groups for step in group.steps]
             self._state = state
-
-
-_STATE = ("exp_avg", "exp_avg_sq", "step")
 
 
 def _is_one_kernel(group: dict[str, Any]) -> bool:

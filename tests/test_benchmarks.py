@@ -25,9 +25,10 @@ import bench_unlearn  # noqa: E402
 import compare  # noqa: E402
 import plot  # noqa: E402
 import record  # noqa: E402
+import workloads  # noqa: E402
 from record import Record, Timing, peak_mb, read_csv, read_head, records_of, timings, write_csv  # noqa: E402
 
-from nabla_tau.suites.scenarios import Parts  # noqa: E402
+from nabla_tau.suites.scenarios import Parts, Scenario  # noqa: E402
 
 FAST, SLOW = Timing(0.9, 1.0, 1.2), Timing(3.9, 4.0, 4.4)
 SAME = {"bench": "rows", "case": "8x4", "device": "cpu", "dtype": "float32", "threads": 1}
@@ -299,6 +300,31 @@ def test_quality_is_the_attack_on_the_losses_and_leaves_the_mode():
     assert bench_unlearn.quality(model, parts) == (0.75, 0.5)  # one of two unseen losses is as low as all forgotten
     assert model.training
     assert model[1].training
+
+
+@pytest.mark.parametrize("what", [Scenario("random", 0.15), Scenario("classes", 1)], ids=str)
+def test_the_official_split_keeps_training_and_test_images_apart(what):
+    seen, others = ((torch.arange(start, start + n), torch.arange(n) % 5) for start, n in ((0, 200), (1000, 60)))
+    parts, again = (workloads.official_split(seen, others, what, seed) for seed in (3, 3))
+    numbers = {name: set(part[0].tolist()) for name, part in parts._asdict().items()}
+    assert numbers == {name: set(part[0].tolist()) for name, part in again._asdict().items()}
+    assert numbers["train"] == set(range(200))
+    assert numbers["forget"] | numbers["retain"] == numbers["train"]
+    assert not numbers["forget"] & numbers["retain"]
+    assert numbers["held_out"] | numbers["test"] == set(range(1000, 1060))
+    assert not numbers["held_out"] & numbers["test"]
+    assert numbers["unseen"] <= numbers["test"]
+    for x, y in parts:
+        assert torch.equal(y, torch.where(x < 1000, x, x - 1000) % 5)
+    if what.kind == "random":
+        assert len(numbers["forget"]) == 30
+        assert numbers["unseen"] == numbers["test"]
+    else:
+        (removed,) = set(parts.forget[1].tolist())
+        assert set(parts.unseen[1].tolist()) == {removed}
+        assert removed not in parts.retain[1]
+    with pytest.raises(ValueError, match="random images or classes"):
+        workloads.official_split(seen, others, Scenario("half a class"), 3)
 
 
 def test_time_to_forget_is_drawn_from_its_rows(tmp_path):

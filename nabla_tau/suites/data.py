@@ -111,8 +111,7 @@ def tofu(part: str) -> list[dict[str, Any]]:
 
 
 def cifar10(part: Literal["train", "test"] = "train") -> Data:
-    """CIFAR-10 in a JPEG copy: [50000, 3, 32, 32] standardised, 10 classes, or the 10,000 of its test part. A minute to
-    read."""
+    """CIFAR-10 in a JPEG copy: [50000, 3, 32, 32] standardised, 10 classes, or the 10,000 of its test part."""
     from PIL import Image
 
     path = _data_file("cifar10/cifar10_jpeg.tar.xz", "https://www.cs.toronto.edu/~kriz/cifar.html, as JPEG files")
