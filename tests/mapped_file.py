@@ -1,8 +1,8 @@
 """A run on a mapped file, in a process of its own: prints where the data lay, and how many bytes the process grew by.
 
 128 MB of pictures as bytes, of which the forward takes a corner; a run takes a small part of that. Started with
-MALLOC_ARENA_MAX=1: else each thread that gathers a batch may get a heap of its own, and what glibc keeps of those is as
-much again.
+MALLOC_ARENA_MAX=1 and MALLOC_MMAP_THRESHOLD_=65536: else glibc soon takes batches from its heap, and what that keeps of
+freed ones (another amount at each start, more with a heap for each thread) is as much again as what the run holds.
 """
 
 import dataclasses

@@ -214,7 +214,7 @@ def test_a_held_out_share_of_a_mapped_file_is_not_copied(tmp_path):
 
 
 def test_a_run_on_a_mapped_file_does_not_hold_it(tmp_path):
-    environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
+    environment = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     script = Path(__file__).with_name("mapped_file.py")
     # Away from the sources: what is measured is what was installed.
     command = [sys.executable, str(script), str(tmp_path / "x")]
