@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -24,7 +24,8 @@ FORGET, RETAIN, HELD_OUT, WEIGHTS, GLOBAL, LEARN = range(6)  # what a derived se
 
 @dataclass(frozen=True)
 class Job:
-    """One call of `unlearn`. model: the one to change. sharded: each rank has samples of its own."""
+    """One call of `unlearn`. model: the one to change. sharded: each rank has samples of its own. looks: what was found
+    (`outcome.py`) of data sets, by role, with the model as it is now; who changes the model empties it."""
 
     model: nn.Module
     data: Prepared
@@ -36,6 +37,7 @@ class Job:
     micro_batch_size: int | None
     process_group: ProcessGroup | Literal["auto"] | None
     performance: str
+    looks: dict[int, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def batch_sizes(self, *sizes: int) -> list[int]:
         """Samples that this process reads for a batch of all, each."""

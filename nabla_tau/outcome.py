@@ -80,6 +80,13 @@ def measure(job: Job, forward: Forward | None, when: str) -> dict[str, float]:
 
 
 def _look(job: Job, source: Source, role: int, forward: Forward | None) -> _Seen:
+    if role not in job.looks:
+        job.looks[role] = _looked(job, source, role, forward)
+    found: _Seen = job.looks[role]
+    return found
+
+
+def _looked(job: Job, source: Source, role: int, forward: Forward | None) -> _Seen:
     is_classifier = job.data.task == "classification"
     removed = torch.tensor(job.data.kind.removed)
 

@@ -101,6 +101,7 @@ class Run:
         if self.step % self.steps.refresh_every == 0:
             self.steps.refresh(self.step)
             self.history.restart_clock()
+        self.job.looks.clear()
         metrics, known, samples = self.steps.step(self.step)
         self.history.record(self.step, metrics, known, samples * (1 if self.job.sharded else self.ranks.size))
         self.step += 1
@@ -194,6 +195,7 @@ class Run:
             said = "; ".join(f"{key}: {theirs.get(key)} there, {mine[key]} here" for key in different)
             raise ValueError(f"checkpoint {path} is of another run ({said})")
         self.step, self.seconds = state["step"], state["seconds"]
+        self.job.looks.clear()
         self.steps.seek(self.step)
         if "parts" in state:
             load_parts(path, state, self.model, self.steps.optimizer, self.ranks)

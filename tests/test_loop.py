@@ -39,6 +39,8 @@ def test_it_forgets(memorised):
     result = run(model, parts, recipe="ascent")
     before, after = evaluate(model, parts["forget"]).loss, evaluate(result.model, parts["forget"]).loss
     unseen = evaluate(result.model, parts["unseen"]).loss
+    assert result.settings["forget_loss_before"] == pytest.approx(before.mean(), rel=1e-5)
+    assert result.settings["forget_loss_after"] == pytest.approx(after.mean(), rel=1e-5)
     assert before.mean() < 0.2
     assert abs(after.mean() - unseen.mean()) < 0.5 * abs(before.mean() - unseen.mean())
 

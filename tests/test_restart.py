@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 import re
 import warnings
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from nabla_tau import outcome, unlearn
 from nabla_tau.evaluation import evaluate
 from nabla_tau.initialisation import initialise
-from nabla_tau.job import RETAIN, WEIGHTS
+from nabla_tau.job import FORGET, HELD_OUT, RETAIN, WEIGHTS
 from nabla_tau.membership import roc
 from nabla_tau.methods.restart import Restart, Weights
 from nabla_tau.recipes import GENTLE
@@ -114,6 +115,24 @@ def test_the_default_is_fresh_weights_that_are_as_useful(known):
         labels = np.repeat([True, False], [len(signals["forget"]), len(signals["held_out"])])
         assert result.settings[f"attack_auc_{name}"] == pytest.approx(float(roc(-losses, labels).auc), abs=1e-9)
     assert result.settings["attack_auc_after"] < result.settings["attack_auc_before"]
+
+
+def test_no_look_at_the_same_weights_twice(known, monkeypatch):
+    model, parts = known
+    looks, look = [], outcome._looked
+
+    def noted(job, source, role, forward):
+        looks.append((role, [p.clone() for p in job.model.parameters()]))
+        return look(job, source, role, forward)
+
+    monkeypatch.setattr(outcome, "_looked", noted)
+    result = unlearn(model, **parts)
+    # The original, fresh weights, a quarter and the end; and the forget set before and after.
+    assert [role for role, _ in looks] == [HELD_OUT, HELD_OUT, FORGET, HELD_OUT, HELD_OUT, FORGET]
+    of_held_out = [weights for role, weights in looks if role == HELD_OUT]
+    for i, j in itertools.combinations(range(4), 2):
+        assert not all(map(torch.equal, of_held_out[i], of_held_out[j]))
+    assert all(map(torch.equal, of_held_out[-1], result.model.parameters()))
 
 
 STILL_LEARNING = Restart(min_steps=8, passes=0.1, relative_rate=0.05, cycles=3, hopeless=-1e9)

@@ -275,6 +275,13 @@ def test_what_is_in_the_cache_is_not_made_again(table, monkeypatch):
         compare_methods(other, Scenario("random", 0.15), methods=methods, seeds=(0,), cache=cache, shadows=0)
 
 
+def test_what_takes_little_is_timed_three_times():
+    for seconds, wanted in (([0.3, 9.0, 0.2], 0.3), ([0.3, 0.2, 0.1], 0.2), ([5.0], 5.0)):
+        given = iter(enumerate(seconds))
+        assert runs._timed(lambda given=given: next(given)) == (0, wanted), "what came first, and the median"
+        assert not list(given)
+
+
 def test_a_method_that_cannot_serve_says_so(tmp_path):
     suite = dataclasses.replace(SUITE, model=partial(nn.Linear, 8, 4), shadow=None, epochs=3)
     table = compare_methods(suite, Scenario("random", 0.15), methods=("cf-k",), seeds=(0,), cache=tmp_path)

@@ -180,6 +180,7 @@ class StagedSteps:
         if not stage.goes_on(before):  # what was recorded has its terms built in, and the data sets they are of
             self._graphs[-1].drop()
         if begin and stage.begin is not None:
+            self.job.looks.clear()
             with torch.no_grad():
                 stage.begin()
         if stage.optimizer is not None:
