@@ -274,7 +274,7 @@ class _Store:
 
 
 def _timed(run: Callable[[], tuple[T, float]]) -> tuple[T, float]:
-    """What `run` gives, always the same, and how many seconds it took: where that is `SHORT`, the median of three."""
+    """What `run` gives the first time, and its seconds: the median of three where they are few (`SHORT`)."""
     found, seconds = run()
     times = [seconds, *(run()[1] for _ in range(2) if seconds < SHORT)]
     return found, statistics.median(times)
